@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: MIT
+"""Servers that misbehave: raw sockets on loopback, each connection driven by a script.
+
+    with Hostile(reset(), close(), answer(b"{}")) as server:
+        ...  # the first connection is reset, the second closed, all others are answered
+
+A script is a function of a `Connection`. A server counts what it was asked; a test reads
+`server.requests` and `server.connections` when the client has ended. Nothing here knows the client.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shlex
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+LIMIT = 20.0
+"""Seconds after which a test gives up on something that has to happen."""
+
+# --- connections and scripts ------------------------------------------------------------------
+
+
+class Connection:
+    """One accepted connection: the verbs of which scripts are made."""
+
+    def __init__(self, server: Hostile, sock: socket.socket) -> None:
+        self.server = server
+        self.sock = sock
+        self._seen = b""
+
+    def read_head(self) -> bytes:
+        """Read to the blank line that ends the request's head."""
+        while b"\r\n\r\n" not in self._seen:
+            more = self.sock.recv(65536)
+            if not more:
+                raise ConnectionError("the client left amid its request")
+            self._seen += more
+        return self._seen[: self._seen.index(b"\r\n\r\n") + 4]
+
+    def read_request(self) -> bytes:
+        """Read one request, head and body, and count it."""
+        head = self.read_head()
+        length = re.search(rb"(?i)\r\ncontent-length: *([0-9]+)\r\n", head)
+        end = len(head) + (int(length[1]) if length else 0)
+        while len(self._seen) < end:
+            more = self.sock.recv(65536)
+            if not more:
+                raise ConnectionError("the client left amid its request")
+            self._seen += more
+        request, self._seen = self._seen[:end], self._seen[end:]
+        self.server.requests.append(request)
+        return request
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def drip(self, data: bytes, every: float = 0.2) -> None:
+        """Send a byte, wait, send a byte, until the client leaves or the test ends."""
+        self.server.reached.set()
+        for byte in data:
+            self.sock.sendall(bytes([byte]))
+            if self.server.ending.wait(every):
+                return
+
+    def hold(self) -> None:
+        """Say no more, and notice when the client goes away."""
+        self.server.reached.set()
+        while self.sock.recv(65536):
+            pass
+        self.server.left.set()
+
+    def stall(self) -> None:
+        """Say no more, and read no more either, once the first of the request is there."""
+        self.await_data()
+        self.server.reached.set()
+        self.server.ending.wait(LIMIT)
+
+    def await_data(self) -> None:
+        """Wait until something can be read, and leave it there."""
+        select.select([self.sock], [], [], LIMIT)
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from here on, as a server; `sock` is replaced."""
+        self.sock = context.wrap_socket(self.sock, server_side=True)
+
+    def reset(self) -> None:
+        """Break the connection so that the client sees ECONNRESET."""
+        linger = struct.pack("ii", 1, 0)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.sock.close()
+
+
+Script = Callable[[Connection], None]
+
+
+def message(
+    body: bytes = b"", status: str = "200 OK", *headers: str, length: int | None = None
+) -> bytes:
+    """One HTTP answer as bytes; `length` is what its Content-Length claims."""
+    size = len(body) if length is None else length
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", "Connection: close"]
+    if not re.search(r"(?im)^(content-length|transfer-encoding):", "\n".join(headers)):
+        lines.append(f"Content-Length: {size}")
+    return "\r\n".join([*lines, *headers, "", ""]).encode("latin-1") + body
+
+
+def answer(body: bytes = b"", status: str = "200 OK", *headers: str) -> Script:
+    """Read the request and answer it properly."""
+    return raw(message(body, status, *headers))
+
+
+def raw(data: bytes) -> Script:
+    """Read the request, send these bytes, close."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(data)
+
+    return script
+
+
+def html(status: str, title: str) -> Script:
+    """An answer in markup, as the nginx in front of a platform gives it."""
+    page = (
+        f"<html>\r\n<head><title>{title}</title></head>\r\n<body>\r\n<center><h1>{title}</h1>"
+        "</center>\r\n<hr><center>nginx</center>\r\n<script>alert(1)</script></body>\r\n</html>\r\n"
+    )
+    return raw(message(page.encode(), status).replace(b"application/json", b"text/html"))
+
+
+def close() -> Script:
+    """Read the request and close without a byte."""
+    return lambda connection: void(connection.read_request())
+
+
+def reset(after: bytes = b"") -> Script:
+    """Read the request, send these bytes, and reset."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(after)
+        connection.reset()
+
+    return script
+
+
+def silent() -> Script:
+    """Read the request and never answer."""
+    return then_hold(b"")
+
+
+def answer_unread(data: bytes, linger: bool) -> Script:
+    """Answer when the head is there. Then read the rest, as nginx does, or close on top of it."""
+
+    def script(connection: Connection) -> None:
+        connection.server.requests.append(connection.read_head())
+        connection.send(data)
+        if linger:
+            connection.sock.shutdown(socket.SHUT_WR)
+            connection.hold()
+
+    return script
+
+
+def then_hold(data: bytes) -> Script:
+    """Read the request, send these bytes, never go on."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(data)
+        connection.hold()
+
+    return script
+
+
+def hold_at_once() -> Script:
+    """Accept, and say nothing whatever comes."""
+
+    def script(connection: Connection) -> None:
+        connection.await_data()
+        connection.hold()
+
+    return script
+
+
+def drip(data: bytes, first: bytes = b"", every: float = 0.2) -> Script:
+    """Read the request, send `first` at once and `data` a byte at a time."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(first)
+        connection.drip(data, every)
+
+    return script
+
+
+def drip_at_once(data: bytes) -> Script:
+    """Send a byte at a time without reading anything."""
+    return lambda connection: connection.drip(data)
+
+
+def never_read() -> Script:
+    """Accept, and let the request pile up in the sockets' buffers."""
+    return lambda connection: connection.stall()
+
+
+def again_and_again(data: bytes) -> Script:
+    """Read the request and send the same bytes for ever, ten times a second."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.server.reached.set()
+        while not connection.server.ending.wait(0.1):
+            connection.send(data)
+
+    return script
+
+
+def void(_: object) -> None:
+    """Let a lambda with a value be a script."""
+
+
+# --- the server -------------------------------------------------------------------------------
+
+
+class Hostile:
+    """A server on 127.0.0.1; the n-th connection is given to the n-th script, the last stays.
+
+    With `tls` each connection is wrapped first. `listening=False` binds the port without
+    listening, so that connections are refused until `listen()`.
+    """
+
+    def __init__(
+        self,
+        *scripts: Script,
+        tls: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
+        scheme: str = "",
+        listening: bool = True,
+        receive_buffer: int = 0,
+    ) -> None:
+        self.scripts = scripts or (answer(b"{}"),)
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.accepted_at = 0.0
+        self.reached = threading.Event()  # a script is where it was meant to bring the client
+        self.left = threading.Event()  # the client went away while a script held it
+        self.ending = threading.Event()
+        self._tls = tls
+        self._bugs: list[Exception] = []
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._socket = socket.socket()
+        if receive_buffer:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.bind((host, 0))
+        self.host = host
+        self.port: int = self._socket.getsockname()[1]
+        self.url = f"{scheme or ('https' if tls else 'http')}://{host}:{self.port}"
+        self._listening = False
+        if listening:
+            self.listen()
+
+    def listen(self) -> None:
+        if not self._listening:
+            self._listening = True
+            self._socket.listen(64)
+            self._start(self._accept)
+
+    def methods(self) -> list[str]:
+        """The methods of the requests that came, in order."""
+        return [request.split(b" ", 1)[0].decode("ascii") for request in self.requests]
+
+    def __enter__(self) -> Hostile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ending.set()
+        if self._listening:  # wakes accept()
+            with socket.socket() as knock:
+                knock.connect((self.host, self.port))
+            self._threads[0].join(LIMIT)
+        for sock in self._open:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        for thread in self._threads:
+            thread.join(LIMIT)
+            assert not thread.is_alive(), "a script of the hostile server hangs"
+        self._socket.close()
+        assert not self._bugs, self._bugs
+
+    def _start(self, work: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=work, args=args, daemon=True, name="hostile")
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self._socket.accept()
+            if self.ending.is_set():
+                sock.close()
+                return
+            self.accepted_at = self.accepted_at or time.monotonic()
+            script = self.scripts[min(self.connections, len(self.scripts) - 1)]
+            self.connections += 1
+            self._open.append(sock)
+            self._start(self._converse, sock, script)
+
+    def _converse(self, sock: socket.socket, script: Script) -> None:
+        connection = Connection(self, sock)
+        try:
+            if self._tls:
+                sock.settimeout(LIMIT)
+                connection.start_tls(self._tls)
+                self._open.append(connection.sock)
+            script(connection)
+        except OSError:  # the client left, or refused the certificate
+            self.left.set()
+        except Exception as error:  # a mistake in a test
+            self._bugs.append(error)
+        finally:
+            connection.sock.close()
+            sock.close()
+
+
+@contextmanager
+def refused_port() -> Iterator[int]:
+    """A port that refuses every connection and that nobody else can take meanwhile."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+@contextmanager
+def full_port(*hosts: str) -> Iterator[int]:
+    """A port, on each of the hosts, whose queue is full: a connection is neither made nor refused.
+
+    Linux only; elsewhere a full queue may refuse.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        port = 0
+        for host in hosts or ("127.0.0.1",):
+            listener = socket.socket()
+            sockets.append(listener)
+            listener.bind((host, port))
+            port = listener.getsockname()[1]
+            listener.listen(0)
+            for _ in range(4):
+                filler = socket.socket()
+                sockets.append(filler)
+                filler.setblocking(False)
+                filler.connect_ex((host, port))
+        yield port
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+# --- certificates -----------------------------------------------------------------------------
+
+
+class Certificates:
+    """A certification authority for the length of a test run, made with the `openssl` command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ca = self._authority("ca")
+        self.other_ca = self._authority("other-ca")
+        self.good = self._issue("good", "IP:127.0.0.1,DNS:localhost,DNS:platform.test")
+        self.wrong_host = self._issue("wrong-host", "DNS:elsewhere.test")
+        self.expired = self._issue("expired", "IP:127.0.0.1,DNS:localhost", days=-1)
+
+    def context(self, certificate: Path) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+        return context
+
+    def old_protocol(self) -> ssl.SSLContext | None:
+        """A server of nothing newer than TLS 1.1; None where this OpenSSL cannot be one."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            server = self.context(self.good)
+            client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            client.load_verify_locations(self.ca)
+            try:
+                for context in (server, client):
+                    context.set_ciphers("ALL:@SECLEVEL=0")
+                    context.minimum_version = ssl.TLSVersion.TLSv1
+                    context.maximum_version = ssl.TLSVersion.TLSv1_1
+                with Hostile(hold_at_once(), tls=server) as probe:
+                    sock = socket.create_connection(("127.0.0.1", probe.port), LIMIT)
+                    with sock, client.wrap_socket(sock, server_hostname="127.0.0.1"):
+                        pass
+            except (OSError, ValueError):
+                return None
+        return server
+
+    def _authority(self, name: str) -> Path:
+        path = self.folder / f"{name}.pem"
+        self._openssl(
+            f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+            f" -subj /CN=hostile-{name} -addext keyUsage=critical,keyCertSign,cRLSign"
+            f" -keyout {name}.key -out {path.name}"
+        )
+        return path
+
+    def _issue(self, name: str, names: str, days: int = 2) -> Path:
+        path = self.folder / f"{name}.pem"
+        extensions = self.folder / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={names}\nauthorityKeyIdentifier=keyid\n")
+        self._openssl(
+            f"req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=hostile-{name}"
+            f" -keyout {name}.key -out {name}.csr"
+        )
+        self._openssl(
+            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days {days}"
+            f" -extfile {extensions.name} -out {path.name}"
+        )
+        return path
+
+    def _openssl(self, arguments: str) -> None:
+        subprocess.run(
+            ["openssl", *shlex.split(arguments)],
+            cwd=self.folder,
+            check=True,
+            capture_output=True,
+            timeout=LIMIT,
+        )
+
+
+def why_no_openssl() -> str:
+    """The reason to skip the tests of TLS; empty where they can run."""
+    return "" if shutil.which("openssl") else "no openssl command to make certificates with"
+
+
+# --- name resolution, really ------------------------------------------------------------------
+
+
+@cache
+def namespace_command() -> tuple[str, ...]:
+    """What to put before `sh -c ...` for a private set of mounts; empty where there is none."""
+    for words in (("unshare", "-m"), ("unshare", "-r", "-m")):
+        try:
+            script = "mount --bind /etc/hosts /etc/hosts"
+            probe = subprocess.run([*words, "sh", "-c", script], capture_output=True, timeout=LIMIT)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if probe.returncode == 0:
+            return words
+    return ()
+
+
+def why_no_namespace() -> str:
+    """The reason to skip what needs its own /etc/hosts; empty where it can run."""
+    return "" if namespace_command() else "no private mount namespace (unshare -m) to be had"
+
+
+def with_files(command: Sequence[str], files: dict[str, Path]) -> list[str]:
+    """The command with some files of /etc replaced, for it alone; exec'ed, so signals arrive."""
+    mounts = [f"mount --bind {shlex.quote(str(files[name]))} {name}" for name in files]
+    return [*namespace_command(), "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh", *command]
+
+
+class NameServer:
+    """A DNS server on 127.53.x.y, port 53: each query is answered by `reply(how many came before)`.
+
+    `reply` gives an IPv4 address, "" for "no such name", or None for no reply at all. Only queries
+    for IPv4 addresses are counted; the others of the pair get no address.
+    """
+
+    ADDRESS = "127.53.{}.{}".format(*divmod(os.getpid() % 65536, 256))  # two runs, two servers
+
+    def __init__(self, reply: Callable[[int], str | None]) -> None:
+        self.queries = 0
+        self.reached = threading.Event()
+        self._reply = reply
+        self._seen: set[bytes] = set()
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> NameServer:
+        self._socket.bind((self.ADDRESS, 53))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stop:
+            stop.sendto(b"", (self.ADDRESS, 53))
+        self._thread.join(LIMIT)
+        self._socket.close()
+
+    def files(self, folder: Path) -> dict[str, Path]:
+        """What `with_files` needs for a program to ask this server."""
+        resolv, nsswitch = folder / "resolv.conf", folder / "nsswitch.conf"
+        resolv.write_text(f"nameserver {self.ADDRESS}\n")
+        nsswitch.write_text("hosts: files dns\n")
+        files = {"/etc/resolv.conf": resolv, "/etc/nsswitch.conf": nsswitch}
+        return {name: path for name, path in files.items() if Path(name).exists()}
+
+    def _serve(self) -> None:
+        while True:
+            query, sender = self._socket.recvfrom(2048)
+            if not query:
+                return
+            end = query.index(b"\0", 12) + 5
+            is_a = query[end - 4 : end - 2] == b"\0\1"
+            address = self._reply(self.queries)
+            self.reached.set()
+            self.queries += is_a
+            if address is None:
+                continue
+            answers = int(is_a and address != "")
+            flags = 0x8180 if address else 0x8183  # NXDOMAIN
+            reply = query[:2] + struct.pack(">5H", flags, 1, answers, 0, 0) + query[12:end]
+            if answers:
+                reply += struct.pack(">3HIH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address)
+            self._socket.sendto(reply, sender)
+
+
+def why_no_name_server() -> str:
+    """The reason to skip what needs its own DNS server; empty where it can run."""
+    if why_no_namespace():
+        return why_no_namespace()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((NameServer.ADDRESS, 53))
+        except OSError as error:
+            return f"{NameServer.ADDRESS}:53 cannot be bound: {error}"
+    return ""
+
+
+# --- a table at once --------------------------------------------------------------------------
+
+CaseT = TypeVar("CaseT")
+OutcomeT = TypeVar("OutcomeT")
+
+
+class Herd(Generic[CaseT, OutcomeT]):
+    """Does the work of a whole table side by side, as most of it is waiting.
+
+    Each test then asks for the outcome of its own case. The first to ask starts all of them.
+    """
+
+    def __init__(
+        self, work: Callable[[CaseT], OutcomeT], table: Sequence[CaseT], workers: int = 4
+    ) -> None:
+        self._work = work
+        self._table = table
+        self._pool = ThreadPoolExecutor(workers)
+        self._futures: dict[int, Future[OutcomeT]] = {}
+
+    def outcome(self, case: CaseT) -> OutcomeT:
+        if not self._futures:
+            self._futures = {id(c): self._pool.submit(self._work, c) for c in self._table}
+        return self._futures[id(case)].result(LIMIT * 3)
+
+    def __enter__(self) -> Herd[CaseT, OutcomeT]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def together(*calls: Callable[[], OutcomeT]) -> list[OutcomeT]:
+    """Make calls side by side that mostly wait, and return what they return."""
+    with Herd(lambda call: call(), calls, workers=len(calls)) as herd:
+        return [herd.outcome(call) for call in calls]
+
+
+# --- what a message of the client may and must say --------------------------------------------
+
+
+class Spoken(NamedTuple):
+    """The lines of standard error, sorted by what they are."""
+
+    text: str
+    errors: list[str]
+    warnings: list[str]
+
+    @property
+    def advises(self) -> bool:
+        """It says that the run may be executing, and how to find and stop it."""
+        return "bus-containers runs" in self.text and "bus-containers delete" in self.text
+
+
+def spoken(err: bytes) -> Spoken:
+    """Read a program's standard error, with what holds for every message of the client."""
+    text = err.decode("utf-8")
+    assert "Traceback" not in text, text
+    assert not re.search(r"(?i)</|<(!doctype|html|head|body|h1|hr|center|script)\b", text), text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), repr(text)
+    told = [line for line in text.splitlines() if line.startswith("bus-containers: ")]
+    warned = [line for line in told if line.startswith("bus-containers: warning")]
+    return Spoken(text, [line for line in told if line not in warned], warned)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and all that hang behind it."""
+    waiting: list[Any] = [error]
+    seen: set[int] = set()
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [one.__cause__, one.__context__]
