@@ -129,10 +129,11 @@ def _quoted(text: str) -> str:
 
 def _about(seconds: float) -> str:
     """A length of time as a person says it: `1.5 s`, `45 min`, `3 h`, `2 d`."""
-    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
-        if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86_400:.0f} d"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
 # ---- Errors ---------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
 
 
 def _read_token(path: str, missing: str = "") -> tuple[str, str]:
-    name = "standard input" if path == "-" else path
+    name = "standard input" if path == "-" else path or "a file without a name"
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             data = file.read(_MAX_TOKEN_BYTES + 1)
@@ -797,9 +798,9 @@ class Client:
             document = {"items": document}
         elif "items" not in document and "runs" in document:
             document = {"items": document.pop("runs"), **document}
-        if not isinstance(document.get("items"), list):
+        if not isinstance(document.get("items", ""), (list, type(None))):
             raise ProtocolError(f"GET {self.api_url}{_API_PATH}/runs: the answer lists no runs")
-        return dict(document)
+        return {**document, "items": document["items"] or []}  # a nil slice of Go's is null
 
     def delete(self, run_id: str) -> Document:
         """Delete a run, stopping it first; return `{"deleted": true, "run_id", ...}`."""
@@ -1055,7 +1056,7 @@ def _converted(text: str, kind: str) -> Any:
         return os.fsdecode(text.encode())  # as the system spells it, in any locale
     if kind in ("URL", "NAME", "REF") or text in choices:
         return text
-    wanted = " or ".join(choices) or f"a {kind} >= 0"
+    wanted = " or ".join(choices) or ("a whole number" if kind == "N" else "a duration") + " >= 0"
     raise argparse.ArgumentTypeError(f"{_quoted(text)!r} is not {wanted}")
 
 
@@ -1250,7 +1251,7 @@ class _Reporter:
     def show_run(self, run: str) -> None:
         """Show from its first second on how long a run has been going on; "" takes that away."""
         self.write("\r\033[K" if self._drawn else "")
-        self._run, self._start, self._drawn = run, time.monotonic(), False
+        self._run, self._start, self._drawn = "" if self.as_json else run, time.monotonic(), False
 
     def error(self, error: BusContainersError, command: str | None, kind: str = "") -> None:
         """Tell an error; for programs its kind is the name of its class."""

@@ -386,7 +386,7 @@ class Certificates:
         self.other_ca = self._authority("other-ca")
         self.good = self._issue("good", "IP:127.0.0.1,DNS:localhost,DNS:platform.test")
         self.wrong_host = self._issue("wrong-host", "DNS:elsewhere.test")
-        self.expired = self._issue("expired", "IP:127.0.0.1,DNS:localhost", days=-1)
+        self.expired = self._issue("expired", "IP:127.0.0.1,DNS:localhost", days=0)
 
     def context(self, certificate: Path) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

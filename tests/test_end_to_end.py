@@ -27,8 +27,9 @@ RUN_KEYS += ["stdout", "stderr", "duration_ms", "runtime"]
 
 
 @pytest.fixture
-def newcomer(program: Program) -> Program:
-    """`python3 tests/local_platform.py`, with whatever comes after it."""
+def newcomer(program: Program, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """`python3 tests/local_platform.py`, with whatever comes after it, in a folder of its own."""
+    monkeypatch.chdir(program.home)
     own = program.command
     program.command = [sys.executable, PLATFORM]
     program.environ["CLI"] = shlex.join(own)
@@ -86,7 +87,6 @@ def test_the_documented_commands(newcomer: Program) -> None:
         bus-containers runs >none
         cat error >&2
         for file in status run runs deleted again none; do cat $file; printf '\\0'; done
-        rm status run runs deleted again none error
         """,
     )
     assert result.code == 0

@@ -250,19 +250,23 @@ def test_a_client_that_cannot_be(url: str, token: str) -> None:
 
 
 Use = Callable[[Client], object]
+BYTES: Any = b"true"
+HALF: Any = 1.5
+TEXT: Any = "5"
+NUMBER: Any = 1
 RUN_MISUSES: dict[str, Use] = {
     "no-words": lambda client: client.run([]),
     "a-string": lambda client: client.run("codex --version"),
-    "bytes": lambda client: client.run(b"true"),  # type: ignore[arg-type]
-    "words-that-are-none": lambda client: client.run(["a", b"b"]),  # type: ignore[list-item]
-    "a-number": lambda client: client.run(["sleep", 1]),  # type: ignore[list-item]
+    "bytes": lambda client: client.run(BYTES),
+    "words-that-are-none": lambda client: client.run(["a", BYTES]),
+    "a-number": lambda client: client.run(["sleep", NUMBER]),
     "profile-and-image": lambda client: client.run(["true"], profile="a", image="b"),
     "negative-limit": lambda client: client.run(["true"], timeout_seconds=-1),
-    "half-a-second": lambda client: client.run(["true"], timeout_seconds=1.5),  # type: ignore[arg-type]
+    "half-a-second": lambda client: client.run(["true"], timeout_seconds=HALF),
     "true-is-no-number": lambda client: client.run(["true"], timeout_seconds=True),
-    "limit-as-text": lambda client: client.run(["true"], timeout_seconds="5"),  # type: ignore[arg-type]
+    "limit-as-text": lambda client: client.run(["true"], timeout_seconds=TEXT),
     "negative-timeout": lambda client: client.run(["true"], timeout=-1),
-    "timeout-as-text": lambda client: client.run(["true"], timeout="5s"),  # type: ignore[arg-type]
+    "timeout-as-text": lambda client: client.run(["true"], timeout=TEXT),
     "timeout-not-a-number": lambda client: client.run(["true"], timeout=float("nan")),
 }
 MISUSES: dict[str, Use] = {
@@ -367,6 +371,15 @@ def test_the_timeout_of_a_client_is_not_that_of_a_run(platform: local_platform.P
     client = Client(platform.url, platform.token(), timeout=0.001)
     assert client.run(["sleep", "0.05"])["exit_code"] == 0
     assert client.run(["sleep", "0.05"], timeout_seconds=9)["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("timeout_seconds", "seconds"), [(None, 1800), (0, 1800), (1, 31), (600, 630), (7200, 7230)]
+)
+def test_the_default_timeout_of_a_run(timeout_seconds: int | None, seconds: float) -> None:
+    # The private function, since from outside it shows only after more than 30 s.
+    limit = bus_containers._run_request(["true"], None, None, timeout_seconds)[1]
+    assert limit == seconds
 
 
 ERRORS: list[tuple[bytes, dict[str, object]]] = [

@@ -584,8 +584,11 @@ def test_run_has_its_own_folder_and_environment(
     monkeypatch.setenv("BUS_API_TOKEN", "canary")
     names = run(platform, "env")["stdout"].splitlines()
     assert sorted(line.partition("=")[0] for line in names) == ["HOME", "LANG", "PATH"]
-    script = "pwd; echo $HOME; ps -o pgid= -p $$; echo $$; touch left; mkdir -m 0 locked"
-    folder, home, group, pid = run(platform, "sh", "-c", script)["stdout"].split()
+    script = (
+        "import os; print(os.getcwd(), os.environ['HOME'], os.getpgrp(), os.getpid());"
+        "open('left', 'w').close(); os.mkdir('locked', 0)"
+    )
+    folder, home, group, pid = run(platform, sys.executable, "-c", script)["stdout"].split()
     assert folder == home
     assert group == pid
     assert not Path(folder).exists()

@@ -799,7 +799,7 @@ def test_random_no_proxy() -> None:
         expected = None if go_goes_direct(host, effective, no_proxy) else PROXY
         assert got == expected, (scheme, netloc, no_proxy)
         direct += got is None
-    assert CASES // 5 < direct < CASES * 4 // 5, "the cases are not worth their time"
+    assert CASES // 10 < direct < CASES * 9 // 10, "the cases are not worth their time"
 
 
 @pytest.mark.parametrize(
