@@ -544,6 +544,13 @@ class _Exchange:
                 super().connect()  # with the tunnel of a proxy, and TLS
                 exchange._hold(self.sock, "unknown")
 
+            def _tunnel(self) -> None:  # up to Python 3.12 without the brackets of an address
+                host = self._tunnel_host
+                if ":" in host and not hasattr(base, "_wrap_ipv6"):
+                    self._tunnel_host = f"[{host}]"
+                super()._tunnel()
+                self._tunnel_host = host  # as TLS wants it
+
             def send(self, data: bytes) -> None:
                 try:
                     super().send(data)
@@ -1245,13 +1252,13 @@ class _Reporter:
         if level == _TICK <= self._level and self._run and seconds and self._smart:
             line = _visible(f"{_about(seconds)}{self._run}").encode("ascii", "backslashreplace")
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            self.write(f"\r{line.decode()[: columns - 1]}\033[K")
+            self.write(line.decode()[: columns - 1])
             self._drawn = True
 
     def show_run(self, run: str) -> None:
         """Show from its first second on how long a run has been going on; "" takes that away."""
-        self.write("\r\033[K" if self._drawn else "")
-        self._run, self._start, self._drawn = "" if self.as_json else run, time.monotonic(), False
+        self.write("")
+        self._run, self._start = "" if self.as_json else run, time.monotonic()
 
     def error(self, error: BusContainersError, command: str | None, kind: str = "") -> None:
         """Tell an error; for programs its kind is the name of its class."""
@@ -1273,7 +1280,8 @@ class _Reporter:
         self.write(f"{line}\n")
 
     def write(self, text: str) -> None:
-        """Write to standard error, if there is one that takes it."""
+        """Write to standard error, if there is one that takes it, in place of the line drawn."""
+        text, self._drawn = f"\r\033[K{text}" if self._drawn else text, False
         try:
             if sys.stderr is not None:
                 _write(sys.stderr, [text])
@@ -1303,8 +1311,9 @@ class _Result:
             self._new = False
             return
         except (OSError, ValueError) as error:
+            if self._path is None and isinstance(error, BrokenPipeError):
+                raise _OutputError("") from None
             problem = f"cannot write to {self._path or 'standard output'}: {_reason(error)}"
-            problem = "" if isinstance(error, BrokenPipeError) else problem
         if self._path is not None:
             _Result(None).write(render)
             problem += "; the result is on standard output"

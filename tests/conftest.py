@@ -8,6 +8,7 @@ another Python, an installed script, a vendored file. The default is the module 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make `import bus_containers` give the program under test."""
+    """Make `import bus_containers` give the program under test, and Ctrl-C arrive at it.
+
+    In the background of a script SIGINT is ignored, here and so by all that a test starts.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     target = Path(config.getoption("--target")).resolve()
     sys.path.insert(0, str(target if target.suffix == ".pyz" else target.parent))
 

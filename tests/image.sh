@@ -58,7 +58,7 @@ not_ok() {
     failed=$((failed + 1))
     echo "not ok - $1"
     shift
-    tail -n 100 -- "$@" | sed 's/^/    /'
+    tail -n 400 -- "$@" | sed 's/^/    /'
 }
 
 # expect WHAT CODE out|err TEXT COMMAND...: COMMAND ends with CODE, and says TEXT but not the token.

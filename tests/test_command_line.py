@@ -835,19 +835,10 @@ def test_an_api_error_says_all_that_the_server_said(status: str, name: str, main
 # --- signals ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def can_be_interrupted() -> Iterator[None]:
-    """A child inherits an ignored SIGINT, as from `nohup` or a shell's `&`."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
 @pytest.mark.parametrize("name", ["runs", "delete"])
-@pytest.mark.usefixtures("can_be_interrupted")
 def test_a_signal(name: str, number: int, code: int, cli: Program) -> None:
     with Hostile(silent()) as holding:
         args = ("--api-url", holding.url, *COMMANDS[name])
@@ -860,7 +851,6 @@ def test_a_signal(name: str, number: int, code: int, cli: Program) -> None:
     assert len(spoken(err).errors) == 1
 
 
-@pytest.mark.usefixtures("can_be_interrupted")
 def test_an_ignored_interrupt_stays_ignored(cli: Program) -> None:
     release = threading.Event()
 

@@ -54,14 +54,6 @@ def platform() -> Iterator[Platform]:
         yield platform
 
 
-@pytest.fixture
-def _default_signals() -> Iterator[None]:
-    """A test run in the background of a script ignores SIGINT, and so would what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def to(server: Hostile | Platform, token: str, **more: str | None) -> Env:
     return {"BUS_AI_API_URL": server.url, "BUS_AI_TOKEN": token, **more}
 
@@ -542,7 +534,6 @@ def test_wait_does_not_wait_where_it_is_in_vain(
     assert result.seconds < 20
 
 
-@pytest.mark.usefixtures("_default_signals")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
@@ -708,7 +699,6 @@ def test_error_as_an_object(program: Program, canary: str, case: Told) -> None:
     assert canary not in result.message
 
 
-@pytest.mark.usefixtures("_default_signals")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )

@@ -98,14 +98,6 @@ def held(release: threading.Event, body: bytes = DOCUMENT) -> Script:
     return script
 
 
-@pytest.fixture
-def _default_signals() -> Iterator[None]:
-    """A test run in the background of a script ignores SIGINT, and so would what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 # --- --output is proved writable before the request -------------------------------------------
 
 
@@ -253,7 +245,6 @@ WITHOUT_RESULT = [
 ]
 
 
-@pytest.mark.usefixtures("_default_signals")
 @pytest.mark.parametrize(("failure", "state"), WITHOUT_RESULT)
 def test_nothing_changes_without_a_result(
     program: Program, canary: str, tmp_path: Path, failure: Failure, state: str

@@ -1000,14 +1000,6 @@ def test_the_deadline_of_a_delete(
     assert result.seconds < 1.5
 
 
-@pytest.fixture
-def can_be_interrupted() -> Iterator[None]:
-    """A test run in the background of a script ignores SIGINT, and so would what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 SIGNALS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
@@ -1015,7 +1007,6 @@ SIGNALS = pytest.mark.parametrize(
 
 @SIGNALS
 @by_id(STUCK)
-@pytest.mark.usefixtures("can_be_interrupted")
 def test_a_signal_ends_a_run(
     case: Stuck, number: int, code: int, cli: Program, tools: Tools, canary: str
 ) -> None:
@@ -1035,7 +1026,6 @@ def test_a_signal_ends_a_run(
 
 
 @SIGNALS
-@pytest.mark.usefixtures("can_be_interrupted")
 def test_a_signal_ends_a_status_without_advice(
     number: int, code: int, cli: Program, canary: str
 ) -> None:
@@ -1052,7 +1042,6 @@ def test_a_signal_ends_a_status_without_advice(
 @SIGNALS
 @pytest.mark.skipif(bool(why_no_name_server()), reason=why_no_name_server())
 @pytest.mark.parametrize("place", ["silent-port", "resolver"])
-@pytest.mark.usefixtures("can_be_interrupted")
 def test_a_signal_ends_the_first_process_of_a_container(
     place: str, number: int, code: int, cli: Program, tools: Tools, canary: str
 ) -> None:
@@ -1086,7 +1075,6 @@ def signal_child(parent: int, number: int) -> None:
     os.kill(child, number)
 
 
-@pytest.mark.usefixtures("can_be_interrupted")
 def test_an_interrupt_that_was_ignored_at_the_start_stays_ignored(cli: Program) -> None:
     release = threading.Event()
 

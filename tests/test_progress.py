@@ -13,7 +13,6 @@ import os
 import pty
 import re
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -152,14 +151,6 @@ def on_a_terminal(server: Hostile, token: str, **more: str | None) -> Env:
     return {"BUS_AI_API_URL": server.url, "BUS_AI_TOKEN": token, "TERM": "xterm", **more}
 
 
-@pytest.fixture
-def _default_signals() -> Iterator[None]:
-    """A test run in the background of a script ignores SIGINT, and so would what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 # --- a run in progress ------------------------------------------------------------------------
 
 
@@ -195,7 +186,6 @@ SHOWN = [
     Shown("text", ("-f", "text", *RUN), ("sleep 60",)),
     Shown("color", ("--color", "always", *RUN), ("sleep 60",)),
     Shown("no-color", ("--no-color", *RUN), ("sleep 60",)),
-    Shown("errors-as-json", ("--error-format", "json", *RUN), ("sleep 60",)),
 ]  # fmt: skip
 
 
@@ -266,6 +256,7 @@ HIDDEN = [
     Hidden("pipe", pipe=True),
     Hidden("pipe-color-always", ("--color", "always"), pipe=True),
     Hidden("quiet", ("--quiet",)),
+    Hidden("errors-as-json", ("--error-format", "json")),
     Hidden("dumb", env={"TERM": "dumb"}),
     Hidden("dumb-color-always", ("--color", "always"), {"TERM": "dumb"}),
     Hidden("short", seconds=0),
@@ -344,7 +335,6 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
-@pytest.mark.usefixtures("_default_signals")
 def test_ctrl_c_typed_at_the_terminal(program: Program, canary: str) -> None:
     typing = Program(
         [sys.executable, "-c", _WITH_A_CONTROLLING_TERMINAL, *program.command], program.home
