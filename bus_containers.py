@@ -7,11 +7,7 @@ Three ways to run it, one behaviour:
     python bus_containers.pyz run -- codex --version        the zipapp, nothing installed
     python bus_containers.py run -- codex --version         this file, vendored anywhere
 
-As a library it never prints, exits, reads `sys.argv` or touches a signal handler:
-
-    client = bus_containers.Client.from_env()
-    document = client.run(["codex", "--version"])           # the API's document, a dict
-
+As a library it never prints, exits, reads `sys.argv` or touches a signal handler.
 Public names: `Client`, `main`, the pure functions `resolve_api_url`, `resolve_token`,
 `resolve_proxy` and `parse_duration`, and the errors:
 
@@ -29,6 +25,8 @@ Exit codes: 0 success; 2 usage error, nothing sent; 1 any other failure of `stat
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import sys
 import time
@@ -37,36 +35,35 @@ TYPE_CHECKING = False  # what typing calls so, without the cost of importing typ
 if TYPE_CHECKING:
     # ruff: noqa: E401, I001
     import argparse, base64, functools, ipaddress, json, re, socket, ssl, threading
-    import http.client as http_client
-    import urllib.error as urllib_error
-    import urllib.parse as urllib_parse
-    import urllib.request as urllib_request
+    import http.client as http_client, urllib.error as urllib_error
+    import urllib.parse as urllib_parse, urllib.request as urllib_request
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any, NoReturn, TextIO
 
     Document = dict[str, Any]
+    _Kind = type["BusContainersError"]
 else:
 
     class _Late:
-        """A module that is imported when it is first used; most starts need few of them."""
+        """Stands for a module until it is used: `--version` needs none of these, each costs."""
 
         def __init__(self, name):
             self._name = name
 
         def __getattr__(self, attribute):
-            value = getattr(__import__(self._name, fromlist=[attribute]), attribute)
-            return self.__dict__.setdefault(attribute, value)
+            __import__(self._name)
+            module = globals()[self._name.replace(".", "_")] = sys.modules[self._name]
+            return getattr(module, attribute)
 
-    late = "argparse base64 functools http.client ipaddress json re socket ssl threading"
-    for name in f"{late} urllib.error urllib.parse urllib.request".split():
-        globals()[name.replace(".", "_")] = _Late(name)
+    globals().update({name.replace(".", "_"): _Late(name) for name in [
+        "argparse", "base64", "functools", "http.client", "ipaddress", "json", "re", "socket",
+        "ssl", "threading", "urllib.error", "urllib.parse", "urllib.request"]})
 
 __all__ = [
     "ApiError", "BusContainersError", "Client", "ConfigError", "DeadlineError", "ProtocolError",
     "TransportError", "main", "parse_duration", "resolve_api_url", "resolve_proxy", "resolve_token",
 ]
 __version__ = "1.0.0"
-
 
 # ---- Constants ------------------------------------------------------------------------------
 
@@ -80,18 +77,19 @@ _NEW_TOKEN = f'make one with: bus auth token --scope "{" ".join(_SCOPES.values()
 
 _URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
 _TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
-# The first that is set leads to the config directory.
+# Where the config directory is, below what the variable says; the first that is set counts.
 _CONFIG_PLACES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
 
 _TIMEOUT_SECONDS = 30.0
 _RUN_TIMEOUT_SECONDS = 1800.0  # runs of half an hour are normal
 _RUN_MARGIN_SECONDS = 30.0  # on top of --timeout-seconds: a cold start, and the answer's way back
+_MAX_SECONDS = 10**15  # more than Go's longest duration, and few enough for a float
 _ENDLESS_SECONDS = 2_000_000.0  # poll(2) counts milliseconds in an int: 24.8 days
 _RETRY_PAUSES_SECONDS = (0.3, 0.7)  # about a second in all
 _RETRY_STATUSES = (502, 503, 504)  # a gateway's word for a backend that is not up
 _TICK_SECONDS = 0.2  # a signal that comes just before a wait is seen at its end
 _WAIT_PAUSE_SECONDS = 2.0  # the longest between two looks of `status --wait`
-# Before NAT forgets an idle connection; the second is the first as macOS calls it.
+# Before NAT forgets an idle connection; TCP_KEEPALIVE is what macOS calls TCP_KEEPIDLE.
 _KEEPALIVE_SECONDS = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15}
 
 _MAX_TOKEN_BYTES = 64 * 1024
@@ -104,14 +102,16 @@ _IO_BYTES = 1024 * 1024  # large bodies and results go in pieces of this size
 _LOOPBACK = "localhost,127.0.0.0/8,::1"
 _PRIVATE = _LOOPBACK + ",.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"
 _PRIVATE += ",169.254.0.0/16,fc00::/7,fe80::/10"
-_BARE_HOST = r"http://([^.:/[]+|127\.0\.0\.1|\[::1\])(:[0-9]+)?(/|$)"
+# Plain http to one label, as in a compose file, or to loopback, told without the cost of ipaddress.
+_NEAR_URL = r"http://([A-Za-z_][^.:/]*|127\.0\.0\.1|\[::1\])(:[0-9]+)?(/|$)"
 
-_VISIBLE_ASCII = "[!-~]+"
-_BASE_URL = r"https?://(\[[0-9a-f:.]+\]|[^/?#@:\[\]]+)(:[0-9]+)?(/[^?#]*)?"
+_LABEL = "[0-9A-Za-z_-]{1,63}"
+_BASE_URL = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<v6>[0-9A-Fa-f:.]+)\])"
+_BASE_URL += r"(:(?P<port>[0-9]{1,9}))?(/[!-\"$->@-~]*)?"
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _CONTROLS.update({9: "\\t", 10: "\\n", 13: "\\r"})
 
-_LOGIN = "; give it a login, http://USER:PASSWORD@HOST:PORT"
+_PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
 _RUN_ADVICE = "the run may still be executing and counting against the quota: look with"
 _RUN_ADVICE += f" `{_PROGRAM} runs`, end it with `{_PROGRAM} delete RUN_ID`"
 
@@ -123,8 +123,7 @@ def _visible(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """`_visible`, and no longer than a message can bear."""
-    text = _visible(text)
-    return text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "..."
+    return _visible(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
 
 
 def _about(seconds: float) -> str:
@@ -135,9 +134,7 @@ def _about(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
-
 # ---- Errors ---------------------------------------------------------------------------------
-
 
 class BusContainersError(Exception):
     """Base of every error raised on purpose. Its text says what failed, where, and what next.
@@ -189,26 +186,25 @@ class ApiError(BusContainersError):
         super().__init__(text, status in _RETRY_STATUSES)
         self.status, self.document = status, document
         error = document.get("error", document) if isinstance(document, dict) else None
-        self.message = error if isinstance(error, str) else _text_field(error, "message")
+        self.message = error if isinstance(error, str) else _field(error, "message")
         names = ("type", "action", "command")
-        self.type, self.action, self.command = (_text_field(error, name) for name in names)
+        self.type, self.action, self.command = (_field(error, name) for name in names)
 
 
 class _OutputError(BusContainersError):
     """A result that cannot be written. Without a text: its reader went away."""
 
 
-def _text_field(fields: Any, name: str) -> str | None:
+def _field(fields: Any, name: str, kind: Any = str) -> Any:
+    """A field of an object, or None unless it is of this kind and no blank text."""
     value = fields.get(name) if isinstance(fields, dict) else None
-    return value if isinstance(value, str) and value.strip() else None
+    return value if isinstance(value, kind) and str(value).strip() else None
 
 
 def _reason(error: object) -> str:
-    return _quoted(str(getattr(error, "strerror", None) or error)) or type(error).__name__
-
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 # ---- Settings: functions of their arguments alone ---------------------------------------------
-
 
 def resolve_api_url(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
     """Return the API's base URL, without a slash at its end, and the name of its source.
@@ -219,31 +215,33 @@ def resolve_api_url(flag: str | None, environ: Mapping[str, str]) -> tuple[str, 
     candidates = [("--api-url", flag)] if flag is not None else []
     candidates += [(name, environ[name]) for name in _URL_VARIABLES if environ.get(name)]
     source, url = (candidates or [("default", _DEFAULT_API_URL)])[0]
-    _check_url(url, source)
-    scheme, _, rest = url.partition("://")
-    return f"{scheme.lower()}://{rest.rstrip('/')}", source
-
-
-def _check_url(url: str, source: str) -> None:
-    """Raise ConfigError for a URL that is no origin with a path prefix, and say what to write."""
-    well_formed = re.fullmatch(_VISIBLE_ASCII, url) and re.fullmatch(_BASE_URL, url, re.IGNORECASE)
-    try:  # urlsplit knows which address and which port there cannot be
-        usable = bool(well_formed and urllib_parse.urlsplit(url).port != 0)
-    except ValueError:
-        usable = False
     shown, hint = _redacted_url(url), ""
     if "://" not in url:
         hint = f": write https://{shown}, or http://{shown} for plain HTTP"
     elif f"{_API_PATH}/" in f"{url}/":
         hint = f": give the API's origin, without {_API_PATH}"
-    if hint or not usable:
+    if hint or not _is_base_url(url):
         form = "http[s]://HOST[:PORT][/PREFIX], in ASCII, without user, query or fragment"
         raise _UsageError(f"{source}: {shown!r} is not {form}{hint}")
+    scheme, _, rest = url.partition("://")
+    return f"{scheme.lower()}://{rest.rstrip('/')}", source
+
+
+def _is_base_url(url: str) -> bool:
+    """Whether a URL is an origin with a path prefix, of an address and a port that there can be."""
+    match = re.fullmatch(_BASE_URL, url)
+    try:
+        if match and match["v6"]:
+            ipaddress.IPv6Address(match["v6"])
+        return match is not None and 0 < int(match["port"] or 80) < 65536
+    except ValueError:
+        return False
 
 
 def _redacted_url(url: str) -> str:
-    """A URL for a message: without query and fragment, and without all before an @."""
-    return re.split("[?#]", re.sub("^([a-z]+://)?.*@", r"\1***@", _quoted(url), flags=re.I))[0]
+    """A URL for a message: without all before an @, and without what a query or fragment says."""
+    url = re.sub("^([a-z]+://)?.*@", r"\1***@", url, flags=re.IGNORECASE | re.DOTALL)
+    return _quoted(re.sub("([?#]).+", r"\1***", url, flags=re.DOTALL))
 
 
 def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -286,7 +284,7 @@ def _checked_token(text: str, name: str) -> str:
     token = text.strip(" \t\r\n\v\f")
     if not token:
         raise ConfigError(f"no token: {name} is empty; {_NEW_TOKEN}", retryable=True)
-    if not re.fullmatch(_VISIBLE_ASCII, token):
+    if not re.fullmatch("[!-~]+", token):
         raise ConfigError(f"the token in {name} holds a character that is not visible ASCII")
     return token
 
@@ -297,25 +295,25 @@ def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     `HTTPS_PROXY` or `HTTP_PROXY`, less what `NO_PROXY` names, each also in lower case, by the rules
     of golang.org/x/net/http/httpproxy, as the other Bus tools are Go. Raises ConfigError.
     """
-    source, proxy = _proxy_variable(url, environ)
-    direct = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
-    if not proxy or _is_listed(url, f"{_LOOPBACK},{direct}"):
-        return None
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
-    if not proxy.lower().startswith("http:"):
-        raise _UsageError(f"{source}: {_redacted_url(proxy)!r} is not http://HOST:PORT")
-    _check_url(re.sub("://[^/?#]*@", "://", proxy), source)
-    return proxy.rstrip("/")
+    return _proxy(url, environ)[0]
 
 
-def _proxy_variable(url: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
-    """The name of the variable with the proxy for the scheme of `url`, and its value."""
+def _proxy(url: str, environ: Mapping[str, str]) -> tuple[str | None, str]:
+    """The proxy for a URL, and the name of the variable that it is from."""
     name = "HTTPS_PROXY" if url.lower().startswith("https:") else "HTTP_PROXY"
-    for spelling in (name, name.lower()):
-        # In a CGI script HTTP_PROXY may be what a client sent as the header `Proxy`.
-        if environ.get(spelling) and not (name == "HTTP_PROXY" and environ.get("REQUEST_METHOD")):
-            return spelling, environ[spelling]
-    return name, None
+    source = name if environ.get(name) else name.lower()
+    value = environ.get(source, "")
+    direct = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+    # In a CGI script HTTP_PROXY may be what a client sent as the header `Proxy`.
+    from_client = name == "HTTP_PROXY" and environ.get("REQUEST_METHOD")
+    if not value or from_client or _is_listed(url, f"{_LOOPBACK},{direct}"):
+        return None, ""
+    scheme, _, rest = (value if "://" in value else f"http://{value}").partition("://")
+    login, at, place = rest.rpartition("@")
+    usable = scheme.lower() == "http" and re.fullmatch('[!-"$-.0->@-~]*', login)
+    if not (usable and _is_base_url(f"http://{place}")):
+        raise _UsageError(f"{source}: {_redacted_url(value)!r} is not {_PROXY_URL}")
+    return f"http://{login}{at}{place.rstrip('/')}", source
 
 
 def _is_listed(url: str, entries: str) -> bool:
@@ -332,19 +330,23 @@ def _is_listed(url: str, entries: str) -> bool:
     address = getattr(address, "ipv4_mapped", None) or address
     for entry in map(str.strip, entries.lower().split(",")):
         name, colon, port = entry.rpartition(":")
-        if not (colon and port.isdigit() and (name.endswith("]") or ":" not in name)):
-            name = entry
-        elif int(port) != (parts.port or (443 if parts.scheme == "https" else 80)):
+        is_port = colon and re.fullmatch("[0-9]{0,5}", port)
+        if not (is_port and (name.endswith("]") or ":" not in name)):
+            name, port = entry, ""
+        if port and int(port) != (parts.port or (443 if parts.scheme == "https" else 80)):
             continue
-        suffix = name[1:] if name.startswith("*.") else name
-        named = host == suffix or host.endswith("." + suffix.lstrip("."))
-        try:
-            if address is not None:
-                named = address in ipaddress.ip_network(name.strip("[]"), strict=False)
-        except ValueError:
-            named = False  # no name matches an address
-        if name == "*" or (name and named):
+        if name == "*":
             return True
+        if address is None:
+            suffix = name[1:] if name.startswith("*.") else name
+            if suffix and (host == suffix or host.endswith("." + suffix.lstrip("."))):
+                return True
+            continue
+        try:
+            if address in ipaddress.ip_network(name.strip("[]"), strict=False):
+                return True
+        except ValueError:
+            pass  # no name matches an address
     return False
 
 
@@ -361,15 +363,17 @@ def parse_duration(text: str) -> float:
     digits = text[1:] if text.startswith(("-", "+")) else text
     if digits == "0":
         return 0.0
-    if not re.fullmatch(f"(?:{_DURATION_PART})+", digits):
-        bare = re.fullmatch(r"[0-9]*\.?[0-9]+", digits)
+    form = f"(?:{_DURATION_PART})+"
+    if not re.fullmatch(form, digits):
+        bare = re.fullmatch(form, f"{digits}s")
         hint = f"has no unit: try `{text}s`" if bare else "is no duration: try `30s` or `1h30m`"
         raise _UsageError(f"{_quoted(text)!r} {hint}")
     total = 0
     for number, unit in re.findall(_DURATION_PART, digits):
         whole, _, fraction = number.partition(".")
         total += int(whole.lstrip("0")[:20] or "0") * _NANOSECONDS[unit]  # 2**63 has 19 digits
-        total += int(fraction[:18] or "0") * _NANOSECONDS[unit] // 10 ** len(fraction[:18])
+        fraction = fraction[:18]  # a nanosecond is in the 13th digit of an hour
+        total += int(int(fraction or "0") * (_NANOSECONDS[unit] / 10 ** len(fraction)))  # as Go
     if total > 2**63 - (not text.startswith("-")):
         raise _UsageError(f"{_quoted(text)!r} is longer than the 292 years of a duration")
     return (-total if text.startswith("-") else total) / 10**9
@@ -377,29 +381,25 @@ def parse_duration(text: str) -> float:
 
 def _token_facts(token: str, scope: str, now: float) -> list[str]:
     """What a JWT says of its own use, unverified, so advice only: times, scope and audience."""
-    payload = token.split(".")[1] if token.count(".") == 2 else ""
     try:
+        _, payload, _ = token.split(".")
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-    except (ValueError, RecursionError):
-        claims = None
-    if not isinstance(claims, dict):
+        starts, ends = (float(claims.get(name) or 0) for name in ("nbf", "exp"))
+        scopes = str(claims.get("scope") or "").split()
+        audience = claims.get("aud") or []
+        audiences = audience.split() if isinstance(audience, str) else [*map(str, audience)]
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return ["is no JWT, so what it allows cannot be seen here"]
-    facts = []
-    starts, ends = (claims.get(name) for name in ("nbf", "exp"))
-    if isinstance(starts, (int, float)) and now < starts < 1e12:
+    facts, left = [], ends - now
+    if now < starts:
         facts.append(f"is not valid for another {_about(starts - now)}, by this machine's clock")
-    if isinstance(ends, (int, float)) and 0 < ends < 1e12:
-        left = ends - now
+    if ends:
         facts.append(f"expires in {_about(left)}" if left > 0 else f"expired {_about(-left)} ago")
-    scopes = str(claims.get("scope") or "").split()
     if scope not in scopes:
         facts.append(f"lacks the scope {scope} (it has: {_quoted(' '.join(scopes)) or 'none'})")
-    audience = claims.get("aud")
-    audiences = [str(a) for a in (audience if isinstance(audience, list) else [audience]) if a]
     if _AUDIENCE not in audiences:
         facts.append(f"is for {_quoted(' '.join(audiences)) or 'no audience'}, not {_AUDIENCE}")
     return facts
-
 
 # ---- Transport: the one place that touches the network ----------------------------------------
 
@@ -416,12 +416,13 @@ class _Exchange:
         self.run_state = "not_sent"  # what is known of a run at this moment
         self.repeated = False  # whether it was sent again after a try whose outcome is unknown
         self._client, self._method, self._body = client, method, body
+        self._note = client._notify
         self._url = f"{client.api_url}{_API_PATH}{path}"
         self._where = f"{method} {self._url}"
         self._proxy = resolve_proxy(self._url, client._environ)
         self._via = f"the proxy {_redacted_url(self._proxy)}" if self._proxy else ""
         self._limit = client.timeout if limit is None else limit
-        if not (isinstance(self._limit, (int, float)) and self._limit >= 0):
+        if not (isinstance(self._limit, (int, float)) and 0 <= self._limit < _MAX_SECONDS + 60):
             raise _UsageError(f"the timeout {self._limit!r} is no number of seconds >= 0")
         self._end = time.monotonic() + (self._limit or float("inf"))
         self._sock: socket.socket | None = None
@@ -432,7 +433,7 @@ class _Exchange:
         pauses = iter(_RETRY_PAUSES_SECONDS)
         while True:
             try:
-                return self._document(*self._attempt(), shape)
+                return self._usable(shape, *self._attempt())
             except BusContainersError as error:
                 pause = next(pauses, float("inf"))
                 sent = self.run_state != "not_sent"
@@ -446,7 +447,7 @@ class _Exchange:
     def _left(self) -> float:
         return self._end - time.monotonic()
 
-    def _attempt(self) -> tuple[http_client.HTTPResponse, bytearray]:
+    def _attempt(self) -> Any:
         """Try once, in a thread: only so can a deadline or a signal end it in each of its steps."""
         # Nothing interrupts name resolution, and a socket's timeout starts anew with each byte.
         outcome: list[Any] = []
@@ -463,16 +464,15 @@ class _Exchange:
             while thread.is_alive() and self._left() > 0:
                 thread.join(min(self._left(), _TICK_SECONDS))
                 self._note(_TICK, "")
+        except RuntimeError as error:
+            outcome.append(OSError(str(error)))  # no thread is to be had
         finally:
-            late = not outcome  # what comes now is made of the connection's end
-            if late:
-                self._abandon()
-        if late or isinstance(outcome[0], Exception):
-            raise self._translated(TimeoutError() if late else outcome[0])
-        response, body = outcome.pop()
-        return response, body
+            result = outcome.pop() if outcome else self._abandon()
+        if isinstance(result, Exception):
+            raise self._translated(result)
+        return result
 
-    def _abandon(self) -> None:
+    def _abandon(self) -> TimeoutError:
         """Make the thread end: from now on it sends nothing, and nothing arrives."""
         with self._lock:
             self._end = float("-inf")
@@ -480,6 +480,7 @@ class _Exchange:
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # type: ignore[arg-type]
             except (OSError, TypeError):
                 pass  # closed, or not there yet
+        return TimeoutError()
 
     def _hold(self, sock: socket.socket, run_state: str) -> None:
         """Note a socket, and what may have been sent on it from now on, unless it is too late."""
@@ -493,10 +494,11 @@ class _Exchange:
         # The name as bytes: as a str it costs the import of the tables of IDNA.
         addresses = socket.getaddrinfo(place[0].encode(), place[1], type=socket.SOCK_STREAM)
         while True:
-            share = self._left() / len(addresses)
+            share = self._left() / len(addresses)  # among those that are yet to be tried
             family, kind, protocol, _name, address = addresses.pop(0)
-            sock = socket.socket(family, kind, protocol)
+            sock = None
             try:
+                sock = socket.socket(family, kind, protocol)
                 sock.settimeout(min(max(share, 0.001), _ENDLESS_SECONDS))
                 sock.connect(address)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -507,31 +509,31 @@ class _Exchange:
                 self._hold(sock, self.run_state)
                 return sock
             except OSError:
-                sock.close()
+                if sock:
+                    sock.close()
                 if not addresses:
                     raise
 
     def _request(self) -> urllib_request.Request:
         headers = {"Accept": "application/json", "User-Agent": f"{_PROGRAM}/{__version__}"}
         headers["Authorization"] = f"Bearer {self._client._token}"
-        if self._body is not None:
-            headers["Content-Type"] = "application/json"
+        headers.update({"Content-Type": "application/json"} if self._body else {})
         request = urllib_request.Request(self._url, self._body, headers, method=self._method)
         request.timeout = None  # an opener would set it; here the deadline is the limit
         if self._proxy:
-            proxy = urllib_parse.urlsplit(self._proxy)
-            user, at, place = proxy.netloc.rpartition("@")
-            request.set_proxy(place if proxy.port else f"{place}:80", request.type)
+            user, at, place = self._proxy.partition("://")[2].rpartition("@")
+            proxy = urllib_parse.urlsplit(f"//{place}")
+            request.set_proxy(place if proxy.port else f"{proxy.netloc}:80", request.type)
             if at:
-                login = base64.b64encode(urllib_parse.unquote(user).encode()).decode()
-                request.add_header("Proxy-Authorization", f"Basic {login}")
+                login = urllib_parse.unquote(user if ":" in user else f"{user}:").encode()
+                basic = f"Basic {base64.b64encode(login).decode()}"
+                request.add_header("Proxy-Authorization", basic)
         return request
 
     def _converse(self) -> tuple[http_client.HTTPResponse, bytearray]:
-        """Send the request; return the answer and its body."""
         start, exchange = time.monotonic(), self
         base: Any = http_client.HTTPConnection
-        tls: dict[str, Any] = {}
+        tls: Any = {}
         if self._url.startswith("https:"):
             context = ssl.create_default_context()  # of SSL_CERT_FILE, SSL_CERT_DIR, the system's
             context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -544,30 +546,26 @@ class _Exchange:
                 super().connect()  # with the tunnel of a proxy, and TLS
                 exchange._hold(self.sock, "unknown")
 
-            def _tunnel(self) -> None:  # up to Python 3.12 without the brackets of an address
-                host = self._tunnel_host
-                if ":" in host and not hasattr(base, "_wrap_ipv6"):
-                    self._tunnel_host = f"[{host}]"
-                super()._tunnel()
-                self._tunnel_host = host  # as TLS wants it
-
             def send(self, data: bytes) -> None:
+                # An IPv6 address, which Python 3.12 and older send without its brackets.
+                data = re.sub(rb"\A(CONNECT )([^ .\[]*:[^ \[]*)(:[0-9]+ )", rb"\1[\2]\3", data)
+                if data.endswith(b"\r\n\r\n"):
+                    exchange._trace(">", data.decode("latin-1").splitlines()[:-1])
                 try:
                     super().send(data)
                 except ConnectionError:  # the answer, a 413 say, may be there all the same
                     if exchange.run_state == "not_sent":
                         raise
 
-        request = self._request()
-        self._trace(">", f"{self._method} {request.selector}", request.header_items())
         # The handler alone, without an opener: it follows no redirect and knows no other scheme.
         response: http_client.HTTPResponse
-        response = urllib_request.HTTPHandler().do_open(Connection, request, **tls)
+        response = urllib_request.HTTPHandler().do_open(Connection, self._request(), **tls)
         with response:
             while 102 <= response.status < 200:  # http.client skips no interim answer but 100
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
-            self._trace("<", f"{response.status} {response.reason}", response.getheaders())
+            headers = [f"{name}: {value}" for name, value in response.getheaders()]
+            self._trace("<", [f"{response.status} {response.reason}", *headers])
             if 300 <= response.status < 500:
                 self.run_state = "refused"
             body = self._read(response)
@@ -578,39 +576,39 @@ class _Exchange:
     def _read(self, response: http_client.HTTPResponse) -> bytearray:
         """Read the body whole; http.client is silent about a short one, or about a bad length."""
         lengths = set(response.headers.get_all("Content-Length", []))
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", n.strip()) for n in lengths):
-            raise self._error(ProtocolError, "the answer has a bad Content-Length")
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding != "identity":
-            raise self._error(ProtocolError, f"unknown Content-Encoding {_quoted(encoding)!r}")
+        encoding = response.headers.get("Content-Encoding") or "identity"
         body = bytearray()
         try:
+            if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", n.strip()) for n in lengths):
+                raise self._error(ProtocolError, "the answer has a bad Content-Length")
+            if encoding.strip().lower() != "identity":
+                text = f"the answer has the unknown Content-Encoding {self._said(encoding)!r}"
+                raise self._error(ProtocolError, text)
             while piece := response.read(_IO_BYTES):
                 body += piece
                 if len(body) > _MAX_BODY_BYTES:
                     raise self._error(ProtocolError, "the answer has no end")
-            if response.length:
+            # Where the connection's end is that of the body, it may be the headers that were cut.
+            if response.length or not (body or response.length == 0):
                 raise http_client.IncompleteRead(b"", response.length)
-        except (OSError, http_client.HTTPException):
+        except (OSError, http_client.HTTPException, ProtocolError):
             if response.status < 300:
                 raise  # an error's status says enough, and whether there is a run
         return body
 
-    def _document(self, response: http_client.HTTPResponse, body: bytearray, shape: Any) -> Any:
+    def _usable(self, shape: Any, response: http_client.HTTPResponse, body: bytearray) -> Any:
         """Return the document of a 2xx answer, or raise the error of another."""
+        status, document, problem, text = response.status, None, "", ""
         try:
-            text = body.decode()
-        except UnicodeDecodeError:
             text = body.decode(errors="replace")
-            self._note(_WARNING, "the answer is not all UTF-8; what is not became U+FFFD")
-        body.clear()  # it may be large, and the text is as large again
-        status, document, problem = response.status, None, ""
-        try:
+            if "\ufffd" in text and text.encode() != body:
+                self._note(_WARNING, "the answer is not all UTF-8; what is not became U+FFFD")
+            body.clear()  # it may be large, and the text is as large again
             document = _parsed_json(text[1:] if text.startswith("\ufeff") else text)
-        except (ValueError, RecursionError) as error:
-            is_page = text.lstrip().startswith("<")
-            page = "an HTML page: a captive portal, or not the API's URL?"
-            problem = page if is_page else f"no usable JSON: {_quoted(str(error))}"
+        except (ValueError, RecursionError, MemoryError) as error:
+            problem = f"no usable JSON: {self._said(_reason(error))}"
+            if text.lstrip().startswith("<"):
+                problem = "an HTML page: a captive portal, or not the API's URL?"
         if not 200 <= status < 300:
             raise self._api_error(response, document)
         if status == 204 and self._method == "DELETE":
@@ -626,24 +624,25 @@ class _Exchange:
 
     def _api_error(self, response: http_client.HTTPResponse, document: Any) -> ApiError:
         status = response.status
-        error = ApiError("", status, json.loads(self._redacted(json.dumps(document))))
+        error = ApiError("", status, self._redacted(document))
         parts = [f"HTTP {status} {error.type or response.reason}"]
         parts[0] += f": {error.message.strip()}" if error.message else ""
         if 300 <= status < 400:
             target = response.headers.get("Location", "nowhere")
             parts.append(f"redirected to {target}, not followed; check --api-url")
         if self._via and self._url.startswith("http:") and not error.type:
-            parts.append(f"by {self._via}{_LOGIN if status == 407 else ', or by the API'}")
+            advice = f"; give it a login, {_PROXY_URL}" if status == 407 else ", or by the API"
+            parts.append(f"by {self._via}{advice}")
         parts += _billing_facts(error.document)
         steps = {"action": error.action, "run": error.command}
         parts += [f"{word}: {step}" for word, step in steps.items() if step]
         if status == 401:
             facts = _token_facts(self._client._token, _SCOPES[self._method], time.time())
             parts += [*(f"the token {fact}" for fact in facts), _NEW_TOKEN]
-        error.args = (self._redacted(f"{self._where}: {'; '.join(map(_quoted, parts))}"),)
+        error.args = (f"{self._where}: {'; '.join(map(self._said, parts))}",)
         return error
 
-    def _translated(self, failure: Exception) -> Any:
+    def _translated(self, failure: Exception) -> BusContainersError:
         """Make one of our errors of what urllib, http.client or the socket raised."""
         if isinstance(failure, BusContainersError):
             return failure
@@ -651,55 +650,64 @@ class _Exchange:
             text = f"no whole answer within {_about(self._limit)}; --timeout sets the limit"
             return self._error(DeadlineError, text, True)
         error = failure.reason if isinstance(failure, urllib_error.URLError) else failure
-        reason = _reason(error)
-        sent = self.run_state != "not_sent"
+        reason, sent = self._said(_reason(error)), self.run_state != "not_sent"
+        kind: _Kind = TransportError
+        retryable = False
         if isinstance(error, ssl.SSLCertVerificationError):
-            reason = f"{_quoted(error.verify_message)}; {_certificate_advice()}"
-            return self._error(TransportError, f"TLS: the certificate is refused: {reason}")
-        if isinstance(error, ssl.SSLError) and not sent:
-            return self._error(TransportError, f"TLS: {reason}: is this a port for https?")
-        if reason.startswith("Tunnel connection failed: "):  # http.client's words
-            refusal = f"{self._via} refused with HTTP {reason.partition(': ')[2]}"
-            return self._error(TransportError, refusal + (_LOGIN if " 407 " in refusal else ""))
-        if isinstance(error, OSError) and not sent:
+            reason = f"{self._said(error.verify_message)}; {_certificate_advice()}"
+            text = f"TLS: the certificate is refused: {reason}"
+        elif isinstance(error, ssl.SSLError) and (not sent or "ALERT_CERT" in reason):
+            self.run_state = "not_sent"  # TLS 1.3 asks for ours when the request is on its way
+            advice = "the server wants a certificate of ours" if sent else "is this port for https?"
+            text = f"TLS: {reason}: {advice}"
+        elif not sent and reason.startswith("Tunnel connection failed: "):  # http.client's words
+            text = f"{self._via} refused with HTTP {reason.partition(': ')[2]}"
+            text += f"; give it a login, {_PROXY_URL}" if " 407 " in text else ""
+        elif isinstance(error, OSError) and not sent:
             peer, advice = "the API", "check --api-url; `status --wait 60s` waits for a platform"
             if self._via:
                 peer, advice = self._via, "check HTTPS_PROXY and HTTP_PROXY"
             verb = "resolve the name of" if isinstance(error, socket.gaierror) else "connect to"
-            return self._error(TransportError, f"cannot {verb} {peer}: {reason}; {advice}", True)
-        if isinstance(error, http_client.IncompleteRead):
-            reason = "the answer was cut short"
-        elif not isinstance(error, OSError):  # http.client.RemoteDisconnected is one
-            return self._error(ProtocolError, f"the answer is not valid HTTP: {reason}")
-        return self._error(TransportError, f"the connection was lost: {reason}", True)
+            text, retryable = f"cannot {verb} {peer}: {reason}; {advice}", True
+        elif isinstance(error, (OSError, http_client.IncompleteRead)):
+            reason = reason if isinstance(error, OSError) else "the answer was cut short"
+            text, retryable = f"the connection was lost: {reason}", True
+        else:
+            whose = f" of {self._via}" if self._via and not sent else ""
+            kind, text = ProtocolError, f"the answer{whose} is not valid HTTP: {reason}"
+        return self._error(kind, text, retryable)
 
-    def _error(self, kind: Any, text: str, retryable: bool = False) -> Any:
-        return kind(self._redacted(f"{self._where}: {text}"), retryable)
+    def _error(self, kind: _Kind, text: str, retryable: bool = False) -> BusContainersError:
+        return kind(f"{self._where}: {text}", retryable)
 
-    def _redacted(self, text: str) -> str:
-        """Text without the token, should a server have sent it back; a short one is no secret."""
+    def _said(self, text: str) -> str:
+        return _quoted(self._redacted(text))
+
+    def _redacted(self, value: Any) -> Any:
+        """A text or a document without the token, should a server have sent it back."""
+        if isinstance(value, dict):
+            return {self._redacted(name): self._redacted(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self._redacted(each) for each in value]
         token = self._client._token
-        for form in (token, json.dumps(token)[1:-1]):
-            text = text.replace(form, "[redacted]") if len(form) >= 8 else text
-        return text
+        if isinstance(value, str) and len(token) >= 8:  # less is no secret, and a part of any word
+            for form in (token, json.dumps(token)[1:-1], urllib_parse.quote(token, safe="")):
+                value = value.replace(form, "[redacted]")
+        return value
 
-    def _note(self, level: int, text: str) -> None:
-        self._client._notify(level, self._redacted(text))
-
-    def _trace(self, mark: str, first: str, headers: Iterable[tuple[str, str]]) -> None:
-        for name, value in (("", first), *headers):
-            secret = name.lower().endswith("authorization")
-            text = "[redacted]" if secret else _visible(value)
-            self._note(_TRACE, f"{mark} {name and name + ': '}{text}")
+    def _trace(self, mark: str, head: Iterable[str]) -> None:
+        for line in map(self._redacted, head):
+            name = line.partition(":")[0]
+            hidden = name.lower().endswith("authorization")
+            self._note(_TRACE, f"{mark} {f'{name}: [redacted]' if hidden else line}")
 
 
 def _certificate_advice() -> str:
-    """What to install or set when a certificate is refused."""
     paths = ssl.get_default_verify_paths()
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         if os.environ.get(name) and not os.path.exists(os.environ[name]):
             return f"{name} names {os.environ[name]}, which does not exist"
-    if not paths.cafile and not (paths.capath and os.listdir(paths.capath)):
+    if not paths.cafile and not any(names for _, _, names in os.walk(paths.capath or "")):
         return "no CA certificates here: install the package ca-certificates, or set SSL_CERT_FILE"
     return "check --api-url and the clock, or set SSL_CERT_FILE to a PEM file with the server's CA"
 
@@ -707,13 +715,12 @@ def _certificate_advice() -> str:
 def _parsed_json(text: str) -> Any:
     """Parse JSON proper: no NaN, no number too large, nothing deeper than can be written again."""
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant[:20]} is no number of JSON's")
+    def number(text: str) -> float:
+        if abs(value := float(text)) < float("inf"):
+            return value
+        raise ValueError(f"{text[:20]} is no number of JSON's")
 
-    def finite(digits: str) -> float:
-        return refuse(digits) if "inf" in str(number := float(digits)) else number
-
-    document = json.loads(text, parse_constant=refuse, parse_float=finite)
+    document = json.loads(text, parse_constant=number, parse_float=number)
     level: Any = [document] if isinstance(document, (dict, list)) else []
     for _ in range(_MAX_DEPTH):
         parts = [node.values() if isinstance(node, dict) else node for node in level]
@@ -725,24 +732,22 @@ def _parsed_json(text: str) -> Any:
 
 def _billing_facts(document: Any) -> list[str]:
     """The quota and the plan of a denial, as a person says them."""
-    error = document.get("error") if isinstance(document, dict) else None
-    usage = error.get("usage") if isinstance(error, dict) else None
-    used, limit = map(usage.get, ("used", "limit")) if isinstance(usage, dict) else (None, None)
+    error = _field(document, "error", dict)
+    usage = _field(error, "usage", dict)
+    used, limit = (_field(usage, name, (int, float)) for name in ("used", "limit"))
     facts = []
-    if type(used) in (int, float) and type(limit) in (int, float):
-        meter = _text_field(usage, "meter_event_name") or _text_field(usage, "feature") or "quota"
-        words = re.split(r"[\W_]+", meter.replace("bus_", "", 1))
-        unit = "s " if words[-1] == "seconds" else ""
-        window = _text_field(usage, "window") or "period"
+    if used is not None and limit is not None:
+        meter = _field(usage, "meter_event_name") or _field(usage, "feature") or "quota"
+        what, _, unit = meter.replace("bus_", "", 1).replace("_", " ").rpartition(" ")
+        amount = f"{used:,} of {limit:,} {'s ' if unit == 'seconds' else ''}of"
+        what = (what or "quota") if unit == "seconds" else f"{what} {unit}".strip()
+        window = _field(usage, "window") or "period"
         when = {"day": "today", "total": "in total"}.get(window, f"this {window}")
-        what = " ".join(words[:-1] if unit else words)
-        facts.append(f"{used:,} of {limit:,} {unit}of {what} used {when}")
-    plan = _text_field(error, "recommended_plan") or _text_field(usage, "upgrade_plan_id")
+        facts.append(f"{amount} {what} used {when}")
+    plan = _field(error, "recommended_plan") or _field(usage, "upgrade_plan_id")
     return [*facts, f"recommended plan: {plan}"] if plan else facts
 
-
 # ---- Client ---------------------------------------------------------------------------------
-
 
 class Client:
     """The four calls of the container-run API, for the account in a bearer token.
@@ -801,9 +806,8 @@ class Client:
             if error.status not in (404, 405):
                 raise
             document = _Exchange(self, "GET", "/status").document()
-        if isinstance(document, list):
-            document = {"items": document}
-        elif "items" not in document and "runs" in document:
+        document = {"items": document} if isinstance(document, list) else document
+        if "items" not in document and "runs" in document:
             document = {"items": document.pop("runs"), **document}
         if not isinstance(document.get("items", ""), (list, type(None))):
             raise ProtocolError(f"GET {self.api_url}{_API_PATH}/runs: the answer lists no runs")
@@ -819,7 +823,7 @@ class Client:
                 raise
             document = {}  # an earlier try did it, but its answer was lost
         if document.get("deleted", True) is not True:
-            raise ProtocolError(f"the API answered that the run {run_id} is not deleted")
+            raise exchange._error(ProtocolError, "HTTP 200, but the run is not deleted")
         return document or {"deleted": True, "run_id": run_id}
 
 
@@ -828,7 +832,7 @@ def _run_request(
 ) -> tuple[Document, float]:
     """The body of a run's request, and the limit of its exchange in seconds."""
     words = [] if isinstance(command, (str, bytes)) else list(command)
-    if not words or not all(isinstance(word, str) for word in words):
+    if not words or not all(isinstance(each, str) for each in (profile or "", image or "", *words)):
         raise _UsageError("run needs a COMMAND, a list of words")
     if profile is not None and image is not None:
         raise _UsageError("--profile and --image exclude each other")
@@ -836,7 +840,7 @@ def _run_request(
     if image is None:
         body = {"profile": _DEFAULT_PROFILE if profile is None else profile, "args": words}
     if timeout_seconds is not None:
-        if type(timeout_seconds) is not int or timeout_seconds < 0:
+        if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
             raise _UsageError(f"--timeout-seconds {timeout_seconds!r} is no whole number >= 0")
         body["timeout_seconds"] = timeout_seconds
     return body, timeout_seconds + _RUN_MARGIN_SECONDS if timeout_seconds else _RUN_TIMEOUT_SECONDS
@@ -844,10 +848,9 @@ def _run_request(
 
 def _path_segment(run_id: str) -> str:
     """A run's id as one segment of a path, so that it can name no other endpoint."""
-    if run_id in ("", ".", "..") or _visible(run_id) != run_id:
+    if not isinstance(run_id, str) or run_id in ("", ".", "..") or _visible(run_id) != run_id:
         raise _UsageError(f"{run_id!r} is no RUN_ID: `{_PROGRAM} runs` lists them")
     return urllib_parse.quote(run_id, safe="", errors="surrogatepass")
-
 
 # ---- Formatters: a document in, pieces of text out --------------------------------------------
 
@@ -865,7 +868,6 @@ _FIELDS = {
 
 
 def _items(command: str, document: Any) -> list[Document]:
-    """The objects that a document is about."""
     if command in ("status", "runs"):
         document = document.get("items", [document.get("status", {})])
     items = document if isinstance(document, list) else [document]
@@ -873,8 +875,7 @@ def _items(command: str, document: Any) -> list[Document]:
 
 
 def _cell(item: Document, column: str) -> str:
-    names = _FIELDS.get(column, (column,))
-    value = next((item[name] for name in names if item.get(name) is not None), "")
+    value = next((item[n] for n in _FIELDS.get(column, (column,)) if item.get(n) is not None), "")
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -902,8 +903,7 @@ def _as_tsv(command: str, document: Any) -> Iterator[str]:
         cells = [_cell(item, column).replace("\\", "\\\\") for column in columns]
         for plain, escaped in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
             cells = [cell.replace(plain, escaped) for cell in cells]
-        yield "\t".join(cells)
-        yield "\n"
+        yield "\t".join(cells) + "\n"
 
 
 _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
@@ -913,7 +913,6 @@ _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
     None: lambda _, text: iter([text]),  # help for people
 }
 _FORMATS["opencli"] = _FORMATS["json"]
-
 
 # ---- Command line: its help, from which the parser and the machine's help are made -------------
 
@@ -955,6 +954,15 @@ OPTIONS
     --color auto|always|never   colour, on standard error only [auto]
     --no-color                  no colour
     --error-format text|json    json: errors as objects, one a line [text]
+  of status
+    --wait DURATION             wait for a platform that is coming up
+  of run
+    --profile NAME              the container's profile [codex]
+    --image REF                 an image instead of a profile
+    --timeout-seconds N         stop the command after N seconds
+    --timeout DURATION          limit of the HTTP exchange, 0 is none [30m]
+  of help
+    -f, --format opencli|json   print an OpenCLI document, by either name
 
 ENVIRONMENT
     BUS_AI_API_URL     the API's URL, after --api-url [https://ai.hg.fi]
@@ -972,7 +980,7 @@ ENVIRONMENT
 
 EXIT STATUS
     0    success
-    1    failure of status, runs or delete
+    1    any other failure, but of run
     2    usage error, nothing was sent
     125  failure of run: of the client or the platform, not of the command
     N    run: the command's exit code, 128+N for signal N, 255 where none fits
@@ -983,7 +991,6 @@ EXAMPLES
     bus-containers status --wait 2m           wait for the platform
     bus-containers run -- codex --version     run in the profile codex
     bus-containers run --image alpine -- ls   run in an image
-    bus-containers run -f text -- date        pass its output on, as docker does
     bus-containers runs -f tsv                a header row, then a row a run
     bus-containers delete run_123             delete a run
     bus-containers help --format opencli      describe all this to a program
@@ -992,64 +999,48 @@ SEE ALSO
     bus-containers help COMMAND, bus auth, bus billing
 """
 
-# The description and the options of each command; the rest of its page comes from the one above.
-_COMMAND_HELP = {
+_DESCRIPTIONS = {
     "status": """\
-    Prints the state of the account's container runner. With --wait it goes on
-    asking while there is no token file, name, open port or answer yet, and
-    while the runner is starting.
-
-    --wait DURATION             wait for a platform that is coming up
-""",
+    Prints the state of the account's container runner. With --wait it asks on
+    while there is no token, name, port or answer, or the runner is starting.""",
     "run": """\
     Prints the result when the command has ended, and exits with its exit code.
     With --format text its output is passed on as it is. All that follows -- or
     the first word that is no option belongs to the command. The exchange may
-    take 30 s more than --timeout-seconds, or 30 min where that is 0 or missing.
-
-    --profile NAME              the container's profile [codex]
-    --image REF                 an image instead of a profile
-    --timeout-seconds N         stop the command after N seconds
-    --timeout DURATION          limit of the HTTP exchange, 0 is none [30m]
-""",
-    "runs": "    Prints the runs of the token's account, those in progress too.\n",
-    "delete": "    Goes on after a run that cannot be deleted, and then exits with 1.\n",
-    "help": """\
-    With --format, prints the whole command line as an OpenCLI document.
-
-    -f, --format opencli|json   an OpenCLI document, by either name
-""",
+    take 30 s more than --timeout-seconds, or 30 min where that is 0 or missing.""",
+    "runs": "    Prints the runs of the token's account, those in progress too.",
+    "delete": "    Goes on after a run that cannot be deleted, and then exits with 1.",
+    "help": "    With --format, prints the whole command line as an OpenCLI document.",
 }
 _ARGUMENTS = {"COMMAND": "a command", "ARG": "an argument of it", "RUN_ID": "the id of a run"}
 _SECRET_VARIABLES = (*_TOKEN_VARIABLES, "HTTPS_PROXY", "HTTP_PROXY")  # a proxy's URL may hold one
 
 
-def _section(title: str, command: str = "") -> list[str]:
-    """The lines of a section of the main page, of those for a command only what it begins."""
-    lines = _HELP.partition(f"{title}\n")[2].partition("\n\n")[0].splitlines()
-    return [line.strip() for line in lines if not command or f" {command} " in f"{line[:41]} "]
+def _lines(title: str, page: str = _HELP) -> list[str]:
+    """The lines of a section of a page; `  of run` are the options of that command alone."""
+    lines = f"\n{page}".partition(f"\n{title}\n")[2].splitlines()
+    return list(itertools.takewhile(lambda line: line.startswith("    "), lines))
 
 
-def _rows(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+def _rows(title: str, page: str = _HELP) -> Iterator[tuple[str, str, str]]:
     """The rows of a section: a term, its description, and the default in brackets after it."""
-    for line in lines:
+    for line in _lines(title, page):
         term, _, rest = line.strip().partition("  ")
         description, _, default = rest.strip().rstrip("]").partition(" [")
         yield term, description, default
 
 
-def _options_of(command: str | None) -> Iterator[tuple[list[str], str, str, str]]:
+def _options(command: str | None) -> Iterator[tuple[list[str], str, str, str]]:
     """The options of a command: the names of each, the word for its value, help and default."""
-    own = _COMMAND_HELP.get(command or "", "").partition("\n\n")[2].splitlines()
     options = {}
-    for syntax, text, default in _rows([*_section("OPTIONS"), *own]):
+    for syntax, text, default in [*_rows("OPTIONS"), *_rows(f"  of {command}")]:
         *names, value = syntax.replace(",", "").split()
         names, value = ([*names, value], "") if value.startswith("-") else (names, value)
         options[names[-1]] = names, value, text, default  # one of its own replaces the global one
     yield from options.values()
 
 
-def _converted(text: str, kind: str) -> Any:
+def _converted(kind: str, text: str) -> Any:
     """What the text of an option's value stands for, by the word for the value in the help."""
     choices = kind.split("|") if "|" in kind else []
     try:
@@ -1067,24 +1058,23 @@ def _converted(text: str, kind: str) -> Any:
     raise argparse.ArgumentTypeError(f"{_quoted(text)!r} is not {wanted}")
 
 
-def _exit_codes(command: str) -> list[tuple[str, str, str]]:
-    alien = {"run": ("1",), "help": ("1", "125", "N")}.get(command, ("125", "N"))
-    return [row for row in _rows(_section("EXIT STATUS")) if row[0] not in alien]
-
-
 def _page(command: str | None) -> str:
     """The page of help of the program or of a command, in sections as git's manual pages."""
-    if command is None:
+    if command not in _DESCRIPTIONS:
         return _HELP
-    summary = dict(row[:2] for row in _rows(_section("COMMANDS")))[command]
-    description, _, options = _COMMAND_HELP[command].rstrip().partition("\n\n")
+
+    def about(title: str, *words: str) -> str:
+        terms = [(line, line.strip().partition("  ")[0].split()) for line in _lines(title)]
+        return "\n".join(line for line, term in terms if {*words} & {*term})
+
+    codes = {"run": "0 2 125 N 130 143"}.get(command, "0 1 2 130 143")
     sections = {
-        "NAME": f"    {_PROGRAM} {command} - {summary}",
-        "SYNOPSIS": f"    {_section('SYNOPSIS', command)[0]}",
-        "DESCRIPTION": description,
-        "OPTIONS": options,
-        "EXIT STATUS": "\n".join(f"    {code:3}  {text}" for code, text, _ in _exit_codes(command)),
-        "EXAMPLES": "\n".join(f"    {line}" for line in _section("EXAMPLES", command)),
+        "NAME": f"    {_PROGRAM} {command} - " + about("COMMANDS", command).split(maxsplit=1)[1],
+        "SYNOPSIS": about("SYNOPSIS", command),
+        "DESCRIPTION": _DESCRIPTIONS[command],
+        "OPTIONS": "\n".join(_lines(f"  of {command}")),
+        "EXIT STATUS": about("EXIT STATUS", *codes.split()),
+        "EXAMPLES": about("EXAMPLES", command),
         "SEE ALSO": f"    {_PROGRAM} help, for the options of every command and the environment",
     }
     return "\n\n".join(f"{title}\n{text}" for title, text in sections.items() if text) + "\n"
@@ -1093,48 +1083,47 @@ def _page(command: str | None) -> str:
 def _opencli() -> Document:
     """The command line as the OpenCLI document that `bus help` and `bus configure` ask for."""
     commands, variables = [], []
-    for name, summary, _ in _rows(_section("COMMANDS")):
-        usage = _section("SYNOPSIS", name)[0]
+    for name, summary, _ in _rows("COMMANDS"):
+        page = _page(name)
+        usage = _lines("SYNOPSIS", page)[0].strip()
         words = usage.partition(f" {name}")[2].replace("[--]", "").split()
-        description = _COMMAND_HELP[name].partition("\n\n")[0]
         commands.append({
-            "name": name, "summary": summary, "description": " ".join(description.split()),
+            "name": name, "summary": summary, "description": " ".join(_DESCRIPTIONS[name].split()),
             "usage": usage,
             "arguments": [
                 {"name": word.strip("[].").lower(), "description": _ARGUMENTS[word.strip("[].")],
-                 "required": word[0] != "[", "repeatable": "..." in word} for word in words
-            ],
+                 "required": word[0] != "[", "repeatable": "..." in word} for word in words],
             "options": [
                 {"name": names[-1], "aliases": names[:-1], "description": text, "valueName": value,
                  "required": False, "repeatable": "-v" in names, "default": default}
-                for names, value, text, default in _options_of(name)
-            ],
-            "exitCodes": [{"code": code, "description": t} for code, t, _ in _exit_codes(name)],
+                for names, value, text, default in _options(name)],
+            "exitCodes": [{"code": code, "description": text}
+                          for code, text, _ in _rows("EXIT STATUS", page)],
             "examples": [{"summary": text, "command": example}
-                         for example, text, _ in _rows(_section("EXAMPLES", name))],
+                         for example, text, _ in _rows("EXAMPLES", page)],
         })
-    for name, text, default in _rows(_section("ENVIRONMENT")):
+    for name, text, default in _rows("ENVIRONMENT"):
         secret = name in _SECRET_VARIABLES
-        safe = {"printable": not secret, "storeInDotenv": not secret, "redactInLogs": secret}
         variables.append({
             "name": name, "description": text, "required": False, "secret": secret,
-            "default": default, "schema": {"type": "string"}, "safeHandling": safe,
-            "affects": ["status", "run", "runs", "delete"],
+            "default": default, "schema": {"type": "string"}, "affects": [*_DESCRIPTIONS][:-1],
+            "safeHandling": {
+                "printable": not secret, "storeInDotenv": not secret, "redactInLogs": secret},
         })
     environment = {"version": "0.1", "precedence": ["option", "environment", "file", "default"]}
     return {
         "opencli": "0.1.0",
-        "info": {"title": _PROGRAM, "version": __version__, "description": " ".join(
-            _section("DESCRIPTION")), "summary": _section("NAME")[0].partition(" - ")[2]},
+        "info": {
+            "title": _PROGRAM, "version": __version__,
+            "summary": _lines("NAME")[0].partition(" - ")[2],
+            "description": " ".join(" ".join(_lines("DESCRIPTION")).split()),
+        },
         "commands": commands,
         "metadata": {
             "io.busdk.profile": {"version": "0.1", "module": "containers"},
             "io.busdk.environment": {**environment, "variables": variables},
         },
     }
-
-
-# ---- Command line: arguments ----------------------------------------------------------------
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -1145,26 +1134,19 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             raise _UsageError(message.replace("argument ", "", 1))
 
     parser = Parser(_PROGRAM, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    for names, kind, _, default in _options_of(command):
+    for names, kind, _, default in _options(command):
         if kind:
             start = default if "|" in kind and default else None  # of others it depends
-            convert = functools.partial(_converted, kind=kind)
-            parser.add_argument(*names, type=convert, default=start)
+            parser.add_argument(*names, type=functools.partial(_converted, kind), default=start)
         else:
             parser.add_argument(*names, action="count", default=0)
     return parser
 
 
-def _split(argv: Sequence[str] | None) -> tuple[str | None, list[str], list[str]]:
+def _split(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
     """Sort a command line into the command, its options in their long form, and other words."""
     # Before argparse, which has its own way with `--` and with a value that starts with a dash.
-    words = []
-    for number, word in enumerate(sys.argv[1:] if argv is None else argv, 1):
-        try:  # what was typed is UTF-8, whatever the locale made of it
-            words.append((os.fsencode(word) if argv is None else word.encode()).decode())
-        except UnicodeError:
-            raise _UsageError(f"argument {number} is not valid UTF-8: {word[:60]!a}") from None
-    rows = [row for command in (None, *_COMMAND_HELP) for row in _options_of(command)]
+    rows = [row for command in (None, *_DESCRIPTIONS) for row in _options(command)]
     known = {name: (names[-1], value) for names, value, _, _ in rows for name in names}
     command: str | None = None
     options: list[str] = []
@@ -1182,15 +1164,13 @@ def _split(argv: Sequence[str] | None) -> tuple[str | None, list[str], list[str]
     return command, options, others
 
 
-def _spelled_out(word: str, ahead: Iterator[str], known: Mapping[str, Any]) -> list[str]:
-    """An option in its long form, its value attached: `-qo F` is `--quiet`, `--output=F`."""
-    short, rest = ("", "") if word.startswith("--") else (word[:2], word[2:])
-    name, value_name = known.get(short or word, (word, ""))
-    if not value_name:
-        again = short in known and rest
-        return [name, *(_spelled_out(f"-{rest}", ahead, known) if again else [])]
-    value = rest or next(ahead, None)
-    return [name if value is None else f"{name}={value}"]
+def _spelled_out(word: str, ahead: Iterator[str], known: Mapping[str, Any]) -> Iterator[str]:
+    """The options in a word by their long names: `-qo F` holds `--quiet` and `--output=F`."""
+    names = iter([word] if word.startswith("--") else [f"-{letter}" for letter in word[1:]])
+    for name in names:
+        name, kind = known.get(name, (name, ""))
+        value = ("".join(each[1] for each in names) or next(ahead, None)) if kind else None
+        yield name if value is None else f"{name}={value}"
 
 
 def _parsed(command: str | None, options: list[str], words: list[str]) -> argparse.Namespace:
@@ -1198,15 +1178,15 @@ def _parsed(command: str | None, options: list[str], words: list[str]) -> argpar
     args, unknown = build_parser(command).parse_known_args(options)
     if unknown:
         raise _UsageError(f"no such option: {_quoted(unknown[0].partition('=')[0])}")
-    if command not in _COMMAND_HELP:
+    if command not in _DESCRIPTIONS:
         problem = f"unknown command {_quoted(command)!r}" if command else "no command"
-        raise _UsageError(f"{problem}: use one of {', '.join(_COMMAND_HELP)}")
+        raise _UsageError(f"{problem}: use one of {', '.join(_DESCRIPTIONS)}")
     args.command, args.words = command, words
-    args.verbose = 2 if args.trace else args.verbose
-    if args.quiet and args.verbose:
+    if args.quiet and (args.verbose or args.trace):
         raise _UsageError("--quiet and --verbose or --trace exclude each other")
+    usage = _lines("SYNOPSIS", _page(command))[0].strip()
     if command in ("run", "delete") and not words:
-        raise _UsageError(f"{command} needs an argument: {_section('SYNOPSIS', command)[0]}")
+        raise _UsageError(f"{command} needs an argument: {usage}")
     if len(words) > {"status": 0, "runs": 0, "help": 1}.get(command, len(words)):
         raise _UsageError(f"{command} does not take the argument {_quoted(words[-1])!r}")
     if command == "run":
@@ -1214,12 +1194,11 @@ def _parsed(command: str | None, options: list[str], words: list[str]) -> argpar
         args.run_limit = limit if args.timeout is None else args.timeout
     return args
 
-
 # ---- Command line: what goes out --------------------------------------------------------------
-
 
 def _write(stream: TextIO, pieces: Iterable[str]) -> None:
     """Write text as UTF-8 whatever the locale; a lone surrogate, which has none, as \\uXXXX."""
+    stream.flush()  # of what others wrote
     binary = getattr(stream, "buffer", None)  # an io.StringIO has none
     for piece in pieces:
         for start in range(0, len(piece), _IO_BYTES):
@@ -1231,34 +1210,35 @@ def _write(stream: TextIO, pieces: Iterable[str]) -> None:
 class _Reporter:
     """All that goes to standard error, as text or JSON, and a line about a run in progress."""
 
-    def __init__(self) -> None:
-        terminal = sys.stderr is not None and sys.stderr.isatty()
+    def __init__(self, options: Sequence[str]) -> None:
+        said = dict(option.partition("=")[::2] for option in options)  # the last one counts
+        try:
+            terminal = sys.stderr.isatty()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            terminal = False
         self._smart = terminal and os.environ.get("TERM") != "dumb"
-        self._level, self._colour = _WARNING, False
+        colour = said.get("--color", "auto") if "--no-color" not in said else "never"
+        auto = self._smart and colour == "auto" and not os.environ.get("NO_COLOR")
+        self._colour = auto or colour == "always"
+        loud = _TRACE if "--trace" in said else options.count("--verbose")
+        self._level = _TICK - 1 if "--quiet" in said else loud
         self._run, self._start, self._drawn = "", 0.0, False
-        self.as_json, self.failed, self.run_state = False, False, "not_sent"
-
-    def configure(self, args: argparse.Namespace) -> None:
-        """Take over what the options say; before, it is good for a usage error."""
-        self._level = _TICK - 1 if args.quiet else args.verbose
-        auto = self._smart and args.color == "auto" and not os.environ.get("NO_COLOR")
-        self._colour = not args.no_color and (auto or args.color == "always")
+        self._as_json = said.get("--error-format") == "json"
+        self.failed, self.run_state = False, "not_sent"
 
     def note(self, level: int, text: str) -> None:
         """Take what an exchange tells: a tick, a warning, what --verbose or --trace ask for."""
+        seconds = int(time.monotonic() - self._start)
         if _WARNING <= level <= self._level:
             self._tell(("warning", "verbose", "trace")[level], text)
-        seconds = int(time.monotonic() - self._start)
-        if level == _TICK <= self._level and self._run and seconds and self._smart:
+        elif level == _TICK <= self._level and self._run and seconds and self._smart:
             line = _visible(f"{_about(seconds)}{self._run}").encode("ascii", "backslashreplace")
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            self.write(line.decode()[: columns - 1])
-            self._drawn = True
+            self.write(line.decode(), in_place=True)
 
     def show_run(self, run: str) -> None:
         """Show from its first second on how long a run has been going on; "" takes that away."""
         self.write("")
-        self._run, self._start = "" if self.as_json else run, time.monotonic()
+        self._run, self._start = "" if self._as_json else run, time.monotonic()
 
     def error(self, error: BusContainersError, command: str | None, kind: str = "") -> None:
         """Tell an error; for programs its kind is the name of its class."""
@@ -1274,48 +1254,57 @@ class _Reporter:
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
         line = f"{'warning: ' if kind == 'warning' else ''}{_visible(text)}"
         line = f"{_PROGRAM}: " + (f"\033[31m{line}\033[0m" if self._colour and fields else line)
-        if self.as_json:
+        if self._as_json:
             fields["message"] = fields.get("message") or text
             line = json.dumps({"kind": kind, "text": text, **fields})
         self.write(f"{line}\n")
 
-    def write(self, text: str) -> None:
-        """Write to standard error, if there is one that takes it, in place of the line drawn."""
-        text, self._drawn = f"\r\033[K{text}" if self._drawn else text, False
+    def write(self, text: str, in_place: bool = False) -> None:
+        """Write to standard error, if there is one that takes it, over what was to be in place."""
+        erase, self._drawn = "\r\033[K" if self._drawn else "", in_place
         try:
+            if in_place:
+                text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
             if sys.stderr is not None:
-                _write(sys.stderr, [text])
+                _write(sys.stderr, [erase, text])
         except (OSError, ValueError):
             pass
 
 
 class _Result:
-    """The way out of a result: standard output, or a file. Proved open before the request."""
+    """The way out of a result, proved open before the request: standard output, or a file.
+
+    A file keeps what it holds until there is a result; one that was not there goes if none comes.
+    """
 
     def __init__(self, path: str | None) -> None:
         self._path, self._new = path, path is not None and not os.path.exists(path)
-        try:  # appending, so that the old content stays until there is a result
-            file = sys.stdout if path is None else open(path, "a", newline="")  # noqa: SIM115
+        self._name = "standard output" if path is None else path
+        try:
+            if path is None and sys.stdout is None:
+                raise OSError("it is closed")
+            self._file: TextIO = sys.stdout if path is None else open(path, "a", newline="")  # noqa: SIM115
+            if path is None:
+                os.write(self._file.fileno(), b"")  # tells of /dev/full, too
+        except io.UnsupportedOperation:
+            pass  # a stream in memory
         except (OSError, ValueError) as error:
-            raise _OutputError(f"cannot write to {path}: {_reason(error)}") from None
-        if file is None:
-            raise _OutputError("standard output is closed, so nothing was sent")
-        self._file: TextIO = file
+            raise _OutputError(f"cannot write to {self._name}: {_reason(error)}") from None
 
-    def write(self, render: Callable[[], Iterable[str]]) -> None:
+    def write(self, pieces: Sequence[str]) -> None:
         """Write the result; one that the file does not take goes to standard output."""
         try:
             if self._path is not None and os.path.isfile(self._path):
                 self._file.truncate(0)
-            _write(self._file, render())
+            _write(self._file, pieces)
             self._new = False
             return
         except (OSError, ValueError) as error:
             if self._path is None and isinstance(error, BrokenPipeError):
                 raise _OutputError("") from None
-            problem = f"cannot write to {self._path or 'standard output'}: {_reason(error)}"
+            problem = f"cannot write to {self._name}: {_reason(error)}"
         if self._path is not None:
-            _Result(None).write(render)
+            _Result(None).write(pieces)
             problem += "; the result is on standard output"
         raise _OutputError(problem)
 
@@ -1323,29 +1312,29 @@ class _Result:
         """Close the file; where there was none and no result came, leave none."""
         if self._path is not None:
             try:
-                self._file.close()
+                try:
+                    self._file.close()
+                finally:
+                    if self._new:
+                        os.remove(os.path.realpath(self._path))
             except OSError:
-                pass  # told by write
-            if self._new:
-                os.remove(os.path.realpath(self._path))
-
+                pass  # told by write, or somebody else took it away
 
 # ---- Command line: the commands, each from options to the document -----------------------------
 
-
 def _client(args: argparse.Namespace, report: _Reporter, method: str = "GET") -> Client:
     """The client that options and environment ask for, and -v's account of where from."""
-    url, url_source = resolve_api_url(args.api_url, os.environ)
-    token, token_source = resolve_token(args.token_file, os.environ)
+    url, source = resolve_api_url(args.api_url, os.environ)
+    proxy, proxy_source = _proxy(url, os.environ)
+    via = f"{_redacted_url(proxy)} from {proxy_source}" if proxy else "none"
+    report.note(_VERBOSE, f"API URL {url} from {source}; proxy {via}")
+    token, source = resolve_token(args.token_file, os.environ)
+    facts = "; ".join(_token_facts(token, _SCOPES[method], time.time()))
+    report.note(_VERBOSE, f"token from {source}: {facts}")
+    if url.startswith("http:") and not (re.match(_NEAR_URL, url) or _is_listed(url, _PRIVATE)):
+        report.note(_WARNING, f"the token goes to {url} unencrypted: use https")
     client = Client(url, token, timeout=_TIMEOUT_SECONDS if args.timeout is None else args.timeout)
     client._notify = report.note
-    proxy = resolve_proxy(url, os.environ)
-    via = f"{_redacted_url(proxy)} from {_proxy_variable(url, os.environ)[0]}" if proxy else "none"
-    facts = "; ".join(_token_facts(token, _SCOPES[method], time.time()))
-    report.note(_VERBOSE, f"API URL {url} from {url_source}; proxy {via}")
-    report.note(_VERBOSE, f"token from {token_source}: {facts}")
-    if url.startswith("http:") and not (re.match(_BARE_HOST, url) or _is_listed(url, _PRIVATE)):
-        report.note(_WARNING, f"the token goes to {url} unencrypted: use https")
     return client
 
 
@@ -1355,7 +1344,7 @@ def _status(args: argparse.Namespace, report: _Reporter) -> Document:
     client = None
     while True:
         try:
-            client = client or _client(args, report)
+            client = client or _client(args, report)  # there may be no token yet
             left = max(end - time.monotonic(), 0.001) if args.wait else float("inf")
             client.timeout = min(client.timeout or left, left)
             document = client.status()
@@ -1366,7 +1355,8 @@ def _status(args: argparse.Namespace, report: _Reporter) -> Document:
         except BusContainersError as error:
             if not (args.wait and error.retryable):
                 raise
-            reason = str(error)
+            # But for the advice of a lost exchange, which is about --timeout and --wait.
+            reason = str(error).partition("; " if isinstance(error, TransportError) else "\0")[0]
         if time.monotonic() + pause_seconds >= end:
             raise DeadlineError(f"the platform is not ready after {_about(args.wait)}: {reason}")
         time.sleep(pause_seconds)
@@ -1381,12 +1371,15 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
         report.note(_WARNING, f"{text}: the answer may come too late")
     within = f" of {_about(limit or args.run_limit)}" if limit or args.run_limit else ""
     name = f"{args.image or args.profile or _DEFAULT_PROFILE}: {' '.join(args.words)}"
-    place = {"profile": args.profile, "image": args.image}
+    options = {name: getattr(args, name) for name in ("profile", "image", "timeout_seconds")}
     report.show_run(f"{within}  {name}")
+    report.run_state = "unknown"  # if a signal comes between the two
     try:
-        return client.run(args.words, timeout_seconds=limit, timeout=args.run_limit, **place)
+        document = client.run(args.words, timeout=args.run_limit, **options)
+        report.run_state = "finished"
     finally:
         report.show_run("")
+    return document
 
 
 def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
@@ -1404,77 +1397,71 @@ def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
 
 def _show_help(args: argparse.Namespace, _report: _Reporter) -> Any:
     topic = args.words[0] if args.words else None
-    if topic not in (None, *_COMMAND_HELP) or (topic and args.format):
-        raise _UsageError(f"help for {_quoted(topic or '')!r} there is none, or not as a document")
+    if topic and (args.format or topic not in _DESCRIPTIONS):
+        raise _UsageError(f"no {'document' if args.format else 'help'} about {_quoted(topic)!r}")
     return _opencli() if args.format else _page(topic)
-
 
 # ---- Command line: from arguments to the exit code ----------------------------------------------
 
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where SIGINT would be."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return its exit code."""
-    command = None
-    report = _Reporter()
+    if argv is None:  # what was typed is UTF-8, whatever the locale made of it
+        argv = [os.fsencode(word).decode(errors="surrogateescape") for word in sys.argv[1:]]
+    command, options, words = _split(argv)
+    report = _Reporter(options)
     try:
-        command, options, words = _split(argv)
-        report.as_json = "--error-format=json" in options
         if "--help" in options or "--version" in options:
-            topic = command if command in _COMMAND_HELP else None
-            text = _page(topic) if "--help" in options else f"{_PROGRAM} {__version__}\n"
-            _Result(None).write(lambda: [text])
+            text = _page(command) if "--help" in options else f"{_PROGRAM} {__version__}\n"
+            _Result(None).write([text])
             return 0
+        for number, word in enumerate(argv, 1):
+            if word != word.encode(errors="replace").decode():
+                raise _UsageError(f"argument {number} is not valid UTF-8: {word[:60]!a}")
         return _executed(_parsed(command, options, words), report)
     except _UsageError as error:
-        topic = f" {command}" if command in _COMMAND_HELP else ""
+        topic = f" {command}" if command in _DESCRIPTIONS else ""
         error.args = (f"{error}; see `{_PROGRAM}{topic} --help`",)
         report.error(error, command)
         return 2
     except BusContainersError as error:
         report.error(error, command)
         return 125 if command == "run" else 1
-    except KeyboardInterrupt as signal:
-        terminated = isinstance(signal, _Terminated)
-        stop = BusContainersError("terminated" if terminated else "interrupted")
-        stop.run_state = getattr(signal, "run_state", None)
+    except KeyboardInterrupt as signal:  # or SIGTERM, with its exit code
+        code = next(iter(signal.args), 130)
+        stop = BusContainersError("terminated" if code == 143 else "interrupted")
+        stop.run_state = getattr(signal, "run_state", report.run_state)
         report.error(stop, command, "interrupted")
-        return 143 if terminated else 130
+        return int(code)
 
 
 def _executed(args: argparse.Namespace, report: _Reporter) -> int:
     """Run a parsed command line; return its exit code, if it is not that of an error."""
-    report.configure(args)
     try:
         if args.chdir is not None:
             os.chdir(args.chdir)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--chdir {args.chdir}: {_reason(error)}") from None
     commands: dict[str, Callable[[argparse.Namespace, _Reporter], Any]] = {
         "status": _status, "run": _run, "runs": lambda *each: _client(*each).runs(),
         "delete": _delete, "help": _show_help,
     }
-    result = None if args.quiet else _Result(args.output)
+    result = _Result(os.devnull if args.quiet else args.output)
     try:
         document = commands[args.command](args, report)
-        report.run_state = "finished"
         try:
-            if result and document is not None:
-                result.write(lambda: _FORMATS[args.format](args.command, document))
+            if document is not None:
+                result.write(list(_FORMATS[args.format](args.command, document)))
         finally:
-            if result and args.command == "run" and args.format == "text":
+            if args.command == "run" and args.format == "text" and not args.quiet:
                 report.write(_text_about_run(document))
     finally:
-        if result:
-            result.close()
+        result.close()
     if args.command != "run":
         return int(report.failed)
     code = document.get("exit_code")
     if type(code) is not int:
-        raise ProtocolError(f"the run's exit_code is no integer: {_quoted(json.dumps(code))}")
+        run, code = (_quoted(_cell(document, name)) for name in ("run_id", "exit_code"))
+        raise ProtocolError(f"the exit_code of the run {run} is no integer: {code or 'null'}")
     return min(128 - code if code < 0 else code, 255)
 
 
@@ -1482,27 +1469,30 @@ def _text_about_run(document: Document) -> str:
     """What the text format of a run says on standard error: the container's, and a line more."""
     names = ("stderr", "run_id", "exit_code", "duration_ms")
     errors, *facts = (_cell(document, name) for name in names)
-    line = "{}: run {} ended with exit code {} after {} ms".format(_PROGRAM, *map(_quoted, facts))
-    return errors + ("\n" if errors and not errors.endswith("\n") else "") + line + "\n"
+    line = "{}: run {} ended with exit code {} after {} ms\n".format(_PROGRAM, *map(_quoted, facts))
+    return (errors if errors.endswith("\n") else errors and errors + "\n") + line
 
 
 def console() -> NoReturn:
     """Run the process's command line, and end the process with its exit code."""
-    import gc
-    import signal
+    import gc, signal
 
     def terminate(*_: object) -> NoReturn:
-        raise _Terminated
+        raise KeyboardInterrupt(143)
 
     gc.disable()  # a process this short has nothing to collect
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)  # PID 1 has no default
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # or a socket would take the number of a standard stream that is closed
+    for fd in (1, 2) if hasattr(os, "set_blocking") else ():
+        os.set_blocking(fd, True)  # or a pipe that is full would cut what is written
+    for name in {"SSL_CERT_FILE", "SSL_CERT_DIR"} - {n for n, value in os.environ.items() if value}:
+        os.environ.pop(name, None)  # OpenSSL takes an empty one for set
     try:
         code = main()
-    except KeyboardInterrupt:  # a second one
-        code = 130
+    except KeyboardInterrupt as second:
+        code = next(iter(second.args), 130)
     os._exit(code)  # all is flushed, and a thread stuck in the resolver is not waited for
 
 

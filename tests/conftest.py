@@ -30,11 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make `import bus_containers` give the program under test, and Ctrl-C arrive at it.
+    """Make `import bus_containers` give the program under test, and let signals arrive at it.
 
-    In the background of a script SIGINT is ignored, here and so by all that a test starts.
+    In the background of a script SIGINT is ignored and under nohup SIGHUP, here and so by all that
+    a test starts.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     target = Path(config.getoption("--target")).resolve()
     sys.path.insert(0, str(target if target.suffix == ".pyz" else target.parent))
 

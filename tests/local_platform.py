@@ -248,10 +248,10 @@ class Run:
 
     def execute(self, parent: Path) -> Document:
         """Run it in a fresh folder under `parent`, to its end; the document of the API."""
-        folder = tempfile.mkdtemp(dir=parent)
+        folder = tempfile.TemporaryDirectory(dir=parent)  # its cleanup opens what a run has locked
         output: tuple[bytes, bytes] = (b"", b"")
         try:
-            process = self._spawn(folder)
+            process = self._spawn(folder.name)
             output = self._collect(process) if process else output
         except OSError as error:
             self.exit_code = 127 if isinstance(error, FileNotFoundError) else 126
@@ -259,7 +259,8 @@ class Run:
             output = (b"", f"{self.words[0]}: {reason}\n".encode())
         finally:
             self._duration_ms = self._elapsed_ms()
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what has left the process group may still write
+                folder.cleanup()
             self.ended.set()
         return {
             "run_id": self.run_id,

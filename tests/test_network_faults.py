@@ -184,7 +184,7 @@ BROKEN = [
     ),
     Broken("closed-without-a-byte", close(), "closed|without|lost", TRANSPORT, tries=3),
     Broken("closed-amid-status-line", raw(b"HTTP/1."), "http|closed", ""),
-    Broken("closed-amid-headers", raw(OK_HEAD), "", ""),
+    Broken("closed-amid-headers", raw(OK_HEAD), "cut short", TRANSPORT, tries=3),
     # not HTTP
     Broken("ssh", raw(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"), "http", PROTOCOL),
     Broken("random-bytes", raw(bytes(range(128, 256)) * 9 + b"\r\n\r\n"), "http", PROTOCOL),
