@@ -1184,9 +1184,8 @@ def _parsed(command: str | None, options: list[str], words: list[str]) -> argpar
     args.command, args.words = command, words
     if args.quiet and (args.verbose or args.trace):
         raise _UsageError("--quiet and --verbose or --trace exclude each other")
-    usage = _lines("SYNOPSIS", _page(command))[0].strip()
     if command in ("run", "delete") and not words:
-        raise _UsageError(f"{command} needs an argument: {usage}")
+        raise _UsageError(f"missing argument: {_lines('SYNOPSIS', _page(command))[0].strip()}")
     if len(words) > {"status": 0, "runs": 0, "help": 1}.get(command, len(words)):
         raise _UsageError(f"{command} does not take the argument {_quoted(words[-1])!r}")
     if command == "run":
@@ -1203,7 +1202,9 @@ def _write(stream: TextIO, pieces: Iterable[str]) -> None:
     for piece in pieces:
         for start in range(0, len(piece), _IO_BYTES):
             part = piece[start : start + _IO_BYTES].encode("utf-8", "backslashreplace")
-            binary.write(part) if binary else stream.write(part.decode())
+            while binary and part:  # with PYTHONUNBUFFERED a pipe may take less than all of it
+                part = part[binary.write(part) :]
+            stream.write(part.decode())
     stream.flush()
 
 
@@ -1309,7 +1310,6 @@ class _Result:
         raise _OutputError(problem)
 
     def close(self) -> None:
-        """Close the file; where there was none and no result came, leave none."""
         if self._path is not None:
             try:
                 try:
@@ -1466,7 +1466,7 @@ def _executed(args: argparse.Namespace, report: _Reporter) -> int:
 
 
 def _text_about_run(document: Document) -> str:
-    """What the text format of a run says on standard error: the container's, and a line more."""
+    """What the text format of a run says on standard error: the container's, and a line."""
     names = ("stderr", "run_id", "exit_code", "duration_ms")
     errors, *facts = (_cell(document, name) for name in names)
     line = "{}: run {} ended with exit code {} after {} ms\n".format(_PROGRAM, *map(_quoted, facts))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What every test shares: the program under test, a stand-in platform, and a canary token.
 
-`pytest --target PATH` runs the same suite against another copy of the program: a `.pyz` built by
+`pytest --target=PATH` runs the same suite against another copy of the program: a `.pyz` built by
 another Python, an installed script, a vendored file. The default is the module in this checkout.
 """
 

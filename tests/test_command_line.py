@@ -460,6 +460,10 @@ def test_a_usage_error_is_told_before_anything_is_sent(case: Wrong, main: Main) 
     assert "S3CR3T" not in told.text
 
 
+def test_a_cluster_of_any_length(program: Program) -> None:
+    assert program("-" + "v" * 5000, "--version").out.startswith(b"bus-containers ")
+
+
 def test_a_usage_error_is_told_before_the_token_is_looked_for(program: Program) -> None:
     for args in ((), ("--format", "yaml", "status"), ("run",), ("delete", "..")):
         result = program(*args)

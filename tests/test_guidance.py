@@ -311,6 +311,29 @@ def test_trace_shows_the_headers_of_both_sides(
     assert "user-agent" not in plain.message.lower()
 
 
+def test_trace_shows_what_was_really_sent(program: Program, canary: str) -> None:
+    with Hostile(answer(b'{"run_id":"r","exit_code":0}')) as server:
+        result = program("--trace", *RUN, env=to(server, canary))
+    head = server.requests[0].partition(b"\r\n\r\n")[0].decode().splitlines()
+    shown = [line[2:] for line in re.findall("(?m)^bus-containers: (> .*)$", result.message)]
+    assert shown == [re.sub("(?i)^(authorization): .*", r"\1: [redacted]", line) for line in head]
+    assert any(line.startswith("Host: ") for line in shown)
+
+
+def test_verbose_tells_the_url_where_there_is_no_token(program: Program) -> None:
+    result = program("-v", "--api-url", "http://127.0.0.1:9", "status")
+    assert result.code == 1
+    assert "API URL http://127.0.0.1:9 from --api-url" in result.message
+
+
+def test_wait_gives_no_advice_about_other_limits(program: Program, canary: str) -> None:
+    with Hostile(silent()) as server:
+        result = program("status", "--wait", "700ms", env=to(server, canary))
+    assert result.code == 1
+    assert "the platform is not ready after 0.7 s" in result.message
+    assert "--timeout" not in result.message
+
+
 def test_without_verbose_there_is_nothing_to_read(program: Program, platform: Platform) -> None:
     assert program("status", env=to(platform, platform.token())).err == b""
 
@@ -752,6 +775,20 @@ def test_error_as_text(program: Program, words: Words) -> None:
     result = program(*words)
     assert result.code in (2, 125)
     assert result.message.startswith("bus-containers: ")
+
+
+def test_the_last_error_format_counts(program: Program) -> None:
+    text = program("--error-format", "json", "--error-format", "text", "nonsense")
+    assert text.message.startswith("bus-containers: ")
+    [error] = objects(program("--error-format", "text", "--error-format", "json", "nonsense"))
+    assert error["kind"] == "usage"
+
+
+def test_an_argument_that_is_not_utf_8_as_an_object(program: Program) -> None:
+    result = program("--error-format", "json", "run", "--", b"\xff")
+    [error] = objects(result)
+    assert (result.code, error["kind"], error["run_state"]) == (2, "usage", "not_sent")
+    assert "argument 5" in error["text"]
 
 
 def test_warnings_as_objects(program: Program, canary: str) -> None:

@@ -8,6 +8,8 @@ really full, streams really closed, readers really gone.
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
 import shlex
@@ -15,9 +17,12 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -37,6 +42,7 @@ from hostile import (
     refused_port,
     silent,
     spoken,
+    together,
     why_no_namespace,
 )
 from local_platform import Platform
@@ -546,14 +552,118 @@ def test_closed_standard_output_is_told_before_the_request(
 
 
 @pytest.mark.parametrize(("words", "code"), [*COMMANDS, *HELPS])
-def test_full_standard_output(program: Program, canary: str, words: Words, code: int) -> None:
-    document = b'{"items":[],"exit_code":0,"deleted":true}'
-    with Hostile(answer(document)) as server, open("/dev/full", "wb") as full:
-        result = program(*words, env=to(server, canary), stdout=full)
-    assert result.code == code
+def test_full_standard_output_is_told_before_the_request(
+    program: Program, platform: Platform, words: Words, code: int
+) -> None:
+    with open("/dev/full", "wb") as full:
+        result = program(*words, env=at(platform), stdout=full)
+    assert (result.code, platform.requests) == (code, [])
     [error] = spoken(result.err).errors
     assert "standard output" in error
     assert "No space left" in error
+
+
+def test_standard_output_opened_for_reading_is_told_before_the_request(
+    program: Program, platform: Platform
+) -> None:
+    with open(os.devnull, "rb") as null:
+        result = program(*RUN, env=at(platform), stdout=null)
+    assert (result.code, platform.requests) == (125, [])
+    assert "cannot write to standard output" in result.message
+
+
+def test_no_place_for_the_result_of_a_finished_run(program: Program, canary: str) -> None:
+    """Nobody is told that nothing was sent, for then the run would be sent once more."""
+    closed = wrapped(program, 'exec "$@" >&-')
+    with Hostile(answer(DOCUMENT)) as server:
+        words = ("--error-format", "json", "-o", "/dev/full", *RUN)
+        result = closed(*words, env=to(server, canary))
+    [error] = map(json.loads, result.message.splitlines())
+    assert (result.code, len(server.requests)) == (125, 1)
+    assert error["run_state"] == "finished"
+    assert "cannot write" in error["text"]
+    assert "sent" not in error["text"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a pipe's size is known on Linux only")
+@pytest.mark.parametrize("unbuffered", ["1", ""], ids=["unbuffered", "buffered"])
+def test_a_reader_that_leaves_amid_a_write(program: Program, canary: str, unbuffered: str) -> None:
+    """What was written until then is no error to the system, and not the whole result."""
+    reader, writer = os.pipe()
+    size = fcntl.fcntl(writer, 1032)  # F_GETPIPE_SZ
+    with Hostile(answer(json.dumps(big(1_000_000)).encode())) as server, program.start(
+        "-f", "text", *RUN, env=to(server, canary, PYTHONUNBUFFERED=unbuffered), stdout=writer
+    ) as process:
+        os.close(writer)
+        limit = time.monotonic() + LIMIT
+        waiting = 0
+        while waiting < size and time.monotonic() < limit:
+            waiting = struct.unpack("i", fcntl.ioctl(reader, termios.FIONREAD, b"    "))[0]
+        os.close(reader)
+        _, err = process.communicate(timeout=LIMIT)
+    assert waiting == size
+    assert process.returncode == 125
+    assert b"cannot write" not in err
+
+
+@pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "not-blocking"])
+@pytest.mark.parametrize("unbuffered", ["1", ""], ids=["unbuffered", "buffered"])
+def test_a_pipe_gets_the_whole_result(
+    program: Program, canary: str, unbuffered: str, blocking: bool
+) -> None:
+    """A write to a pipe that is full may be cut short, and is an error if it does not block."""
+    document = {**big(3_000_000), "stderr": "y" * 300_000}
+    pipes = [os.pipe(), os.pipe()]
+    for _, writer in pipes:
+        os.set_blocking(writer, blocking)
+    env = {"PYTHONUNBUFFERED": unbuffered}
+    with Hostile(answer(json.dumps(document).encode())) as server, program.start(
+        "-f", "text", *RUN, env=to(server, canary, **env), stdout=pipes[0][1], stderr=pipes[1][1]
+    ) as process:
+
+        def read(pipe: tuple[int, int]) -> bytes:
+            os.close(pipe[1])
+            with open(pipe[0], "rb") as file:
+                return file.read()
+
+        out, err = together(*(functools.partial(read, pipe) for pipe in pipes))
+    assert process.returncode == 0
+    assert out == b"x" * 3_000_000
+    assert err.startswith(b"y" * 300_000 + b"\n" + b"bus-containers: run run-1 ended")
+
+
+@pytest.mark.parametrize("away", ["removed", "locked"])
+def test_a_file_that_is_taken_away_amid_a_run_changes_no_message(
+    program: Program, canary: str, tmp_path: Path, away: str
+) -> None:
+    if away == "locked" and os.geteuid() == 0:
+        pytest.skip("root may do anything")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    release = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.server.reached.set()
+        if release.wait(LIMIT):
+            connection.send(message(b'{"error":{"message":"sorry"}}', "500 No"))
+
+    with Hostile(script) as server, program.start(
+        "-o", str(folder / "out"), *RUN, env=to(server, canary)
+    ) as process:
+        assert server.reached.wait(LIMIT)
+        if away == "removed":
+            (folder / "out").unlink()
+        else:
+            folder.chmod(0o500)
+        release.set()
+        _, err = process.communicate(timeout=LIMIT)
+    folder.chmod(0o700)
+    [error] = spoken(err).errors
+    assert process.returncode == 125
+    assert "sorry" in error
+    assert "bus-containers delete" in error
+
 
 
 # --- locales ------------------------------------------------------------------------------------

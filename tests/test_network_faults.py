@@ -1267,6 +1267,65 @@ def test_a_certificate_that_cannot_be_trusted(
     assert server.connections <= 2  # none is tried again
 
 
+def test_a_server_that_wants_a_certificate_of_ours(
+    cli: Program, certificates: Certificates, canary: str
+) -> None:
+    """TLS 1.3 asks for it when the request is on its way already, and no run is started."""
+    context = certificates.context(certificates.good)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(certificates.ca)
+    def script(connection: Connection) -> None:
+        tls = context.wrap_socket(connection.sock, True, do_handshake_on_connect=False)
+        connection.sock = tls
+        with pytest.raises(ssl.SSLError):
+            tls.do_handshake()
+        while os.read(tls.fileno(), 65536):
+            pass  # or a reset would overtake the alert
+
+    env: dict[str, str | None] = {"SSL_CERT_FILE": str(certificates.ca)}
+    with Hostile(script, scheme="https") as server:
+        result = cli("--api-url", server.url, *RUN, env=env)
+    failed(result, 125, canary, "TLS", "certificate of ours", advice=False)
+    assert server.connections == 1
+
+
+def test_an_empty_variable_for_ca_certificates_is_unset(
+    cli: Program, certificates: Certificates, tmp_path: Path
+) -> None:
+    env: dict[str, str | None] = {"SSL_CERT_FILE": str(certificates.ca), "SSL_CERT_DIR": ""}
+    with Hostile(answer(run_document()), tls=certificates.context(certificates.good)) as server:
+        assert cli("--api-url", server.url, *RUN, env=env).code == 0
+        script = "import os, bus_containers, sys; sys.argv[1:] = ['--version']; os._exit = print;"
+        script += "bus_containers.console(); print('SSL_CERT_DIR' in os.environ)"
+        python = Program([sys.executable, "-c", script], cli.home)
+        python.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        assert python(env={"SSL_CERT_DIR": ""}).out.endswith(b"\n0\nFalse\n")
+
+
+FRAMES = {
+    "gzip": "Content-Encoding: gzip",
+    "length-no-number": "Content-Length: zz",
+    "length-twice": "Content-Length: 5\r\nContent-Length: 6",
+}
+
+
+@pytest.mark.parametrize("frame", list(FRAMES))
+def test_the_status_of_an_error_outlives_an_odd_body(
+    cli: Program, frame: str, canary: str
+) -> None:
+    with Hostile(answer(b"\x1f\x8b", "402 Payment Required", FRAMES[frame])) as server:
+        failed(cli("--api-url", server.url, *RUN), 125, canary, "HTTP 402")
+        assert server.connections == 1
+    with Hostile(answer(b"\x1f\x8b", "503 No", FRAMES[frame]), answer(b'{"items":[]}')) as server:
+        assert cli("--api-url", server.url, *STATUS).code == 0
+        assert server.connections == 2
+
+
+def test_an_empty_content_encoding_is_none(cli: Program) -> None:
+    with Hostile(answer(run_document(), "200 OK", "Content-Encoding: ")) as server:
+        assert cli("--api-url", server.url, *RUN).code == 0
+
+
 @pytest.mark.skipif(bool(why_no_namespace()), reason=why_no_namespace())
 def test_a_machine_without_any_ca_certificate(
     cli: Program, certificates: Certificates, tmp_path: Path, canary: str

@@ -328,6 +328,22 @@ def test_notes_amid_a_run_stand_on_lines_of_their_own(program: Program, canary: 
     assert sum("bytes" in row for row in rows) == 1
 
 
+def test_a_terminal_that_hangs_up_ends_no_run(program: Program, canary: str) -> None:
+    release = threading.Event()
+    with Terminal() as terminal, Hostile(held(release)) as server:
+        env = on_a_terminal(server, canary)
+        with program.start(*RUN, env=env, stderr=terminal.end, start_new_session=True) as process:
+            terminal.release()
+            terminal.read_until(lambda shown: b"1 s" in shown)
+            os.close(terminal.controller)
+            terminal.controller = os.open(os.devnull, os.O_RDONLY)
+            assert not release.wait(1.1)  # until the next line would be drawn
+            release.set()
+            out, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
+    assert json.loads(out) == RESULT
+
+
 _WITH_A_CONTROLLING_TERMINAL = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(2, termios.TIOCSCTTY, 0)

@@ -87,6 +87,16 @@ ECHOES = [
         Echo(f"at-{size}", json_error("401 No", b'{"error":{"message":"%sTOKEN"}}' % (b"x" * size)))
         for size in range(180, 320, 10)
     ),
+    *(
+        Echo(f"{name}-at-{size}", data.replace(b"PAD", b"x" * size))
+        for size in range(230, 310, 20)
+        for name, data in {
+            "location": b"HTTP/1.1 302 Go\r\nLocation: http://x/PADTOKEN\r\n\r\n",
+            "reason": b"HTTP/1.1 500 PADTOKEN\r\nContent-Length: 0\r\n\r\n",
+            "no-http": b"PADTOKEN\r\n\r\n",
+            "coding": b"HTTP/1.1 200 OK\r\nContent-Encoding: PADTOKEN\r\n\r\n{}",
+        }.items()
+    ),
     Echo("twice", json_error("401 No", b'{"error":{"message":"TOKENTOKEN TOKEN,TOKEN"}}')),
     Echo("reason", b"HTTP/1.1 401 TOKEN\r\nContent-Length: 0\r\n\r\n"),
     Echo("reason-500", b"HTTP/1.1 500 Bearer TOKEN\r\nContent-Length: 0\r\n\r\n"),
@@ -466,6 +476,38 @@ def test_the_password_of_an_api_url_is_in_no_output(
     assert "bus-containers: " in said
     for secret in ("s3cr3t-C", "NTENT", "us3rn4me-xy"):
         assert secret not in said
+
+
+NUMBER = "12345678901"
+TRAILING = "abcdefghij\\"
+
+
+@pytest.mark.parametrize("token", [NUMBER, TRAILING])
+def test_a_token_that_is_a_part_of_the_json_of_an_error(program: Program, token: str) -> None:
+    """What is redacted are texts. The JSON around them stays what it is."""
+    document = {"error": {"type": "forbidden", "message": f"no {token}", "account": int(NUMBER)}}
+    with Hostile(answer(json.dumps(document).encode(), "403 Forbidden")) as server:
+        env: dict[str, str | None] = {"BUS_AI_TOKEN": token, "BUS_AI_API_URL": server.url}
+        result = program(*RUN, env=env)
+    assert result.code == 125
+    assert "HTTP 403 forbidden: no [redacted]" in result.message
+    assert token not in result.message
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://user:" + 40 * "pass-word-" + "@127.0.0.1:9", "http://us\u2100er:pass-word@127.0.0.1:9",
+     "http://user:[pass-word@127.0.0.1:9", "http://user:pass-word@[127.0.0.1:9"],
+    ids=["long", "nfkc", "bracket", "bad-host"],
+)  # fmt: skip
+def test_the_login_of_an_odd_proxy_is_in_no_output(
+    program: Program, proxy: str, canary: str
+) -> None:
+    env: dict[str, str | None] = {"BUS_AI_TOKEN": canary, "HTTP_PROXY": proxy}
+    result = program("-vv", "--api-url", "http://platform.test", *RUN, env=env)
+    assert result.code in (2, 125)
+    assert spoken(result.err).errors
+    assert "pass-word" not in result.message
 
 
 def test_the_token_is_not_sent_in_a_url(cli: Program, canary: str) -> None:

@@ -141,6 +141,11 @@ BAD_URLS = [
     BadUrl("port-twice", "http://host:80:80"),
     BadUrl("bracket", "http://[::1"),
     BadUrl("brackets-without-an-address", "http://[host]"),
+    BadUrl("ipv4-in-brackets", "http://[1.2.3.4]"),
+    BadUrl("colon-in-brackets", "http://[:]"),
+    BadUrl("empty-label", "http://a..b"),
+    BadUrl("long-label", f"http://{64 * 'a'}.test"),
+    BadUrl("backslash", "http://host\\x"),
     BadUrl("no-host", "http://"),
     BadUrl("no-host-but-a-port", "http://:8080"),
     BadUrl("no-host-but-a-path", "http:///path"),
@@ -808,6 +813,9 @@ def test_random_no_proxy() -> None:
         pytest.param("http://10.0.0.2:8080", "10.0.0.0/8:8080", None, id="block-with-port"),
         pytest.param("http://10.0.0.2:8081", "10.0.0.0/8:8080", PROXY, id="block-with-other-port"),
         pytest.param("http://10.0.0.2", "10.0.0.0/8:80", None, id="block-with-default-port"),
+        pytest.param("http://a.test", "a.test:", None, id="empty-port"),
+        pytest.param("http://a.test", "a.test:\u00b2", PROXY, id="superscript"),
+        pytest.param("http://a.test", f"a.test:{5000 * '8'}", PROXY, id="endless-port"),
     ],
 )
 def test_a_block_may_have_a_port(url: str, entry: str, proxy: str | None) -> None:
