@@ -598,7 +598,7 @@ class _Exchange:
 
     def _usable(self, shape: Any, response: http_client.HTTPResponse, body: bytearray) -> Any:
         """Return the document of a 2xx answer, or raise the error of another."""
-        status, document, problem, text = response.status, None, "", ""
+        status, document, problem, text = response.status, None, "", "not read"
         try:
             text = body.decode(errors="replace")
             if "\ufffd" in text and text.encode() != body:

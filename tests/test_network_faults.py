@@ -1321,6 +1321,16 @@ def test_the_status_of_an_error_outlives_an_odd_body(
         assert server.connections == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is limited on Linux")
+def test_an_answer_that_is_too_large_for_the_memory_here(cli: Program, canary: str) -> None:
+    small = Program(["sh", "-c", 'ulimit -v 300000 && exec "$@"', "sh", *cli.command], cli.home)
+    small.environ.update(cli.environ)
+    body = b'{"run_id":"r","exit_code":0,"stdout":"' + 120_000_000 * b"x" + b'"}'
+    with Hostile(answer(body)) as server:
+        result = small("--api-url", server.url, *RUN)
+    failed(result, 125, canary, "memory", advice=True)
+
+
 def test_an_empty_content_encoding_is_none(cli: Program) -> None:
     with Hostile(answer(run_document(), "200 OK", "Content-Encoding: ")) as server:
         assert cli("--api-url", server.url, *RUN).code == 0
