@@ -582,8 +582,7 @@ class _Exchange:
             if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", n.strip()) for n in lengths):
                 raise self._error(ProtocolError, "the answer has a bad Content-Length")
             if encoding.strip().lower() != "identity":
-                text = f"the answer has the unknown Content-Encoding {self._said(encoding)!r}"
-                raise self._error(ProtocolError, text)
+                raise self._error(ProtocolError, f"unknown Content-Encoding {self._said(encoding)}")
             while piece := response.read(_IO_BYTES):
                 body += piece
                 if len(body) > _MAX_BODY_BYTES:
@@ -634,8 +633,7 @@ class _Exchange:
             advice = f"; give it a login, {_PROXY_URL}" if status == 407 else ", or by the API"
             parts.append(f"by {self._via}{advice}")
         parts += _billing_facts(error.document)
-        steps = {"action": error.action, "run": error.command}
-        parts += [f"{word}: {step}" for word, step in steps.items() if step]
+        parts += [f"{w}: {s}" for w, s in (("action", error.action), ("run", error.command)) if s]
         if status == 401:
             facts = _token_facts(self._client._token, _SCOPES[self._method], time.time())
             parts += [*(f"the token {fact}" for fact in facts), _NEW_TOKEN]
@@ -1451,6 +1449,8 @@ def _executed(args: argparse.Namespace, report: _Reporter) -> int:
         try:
             if document is not None:
                 result.write(list(_FORMATS[args.format](args.command, document)))
+        except MemoryError:
+            raise _OutputError("not enough memory to write the result") from None
         finally:
             if args.command == "run" and args.format == "text" and not args.quiet:
                 report.write(_text_about_run(document))
