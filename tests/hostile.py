@@ -164,6 +164,18 @@ def silent() -> Script:
     return then_hold(b"")
 
 
+def held(release: threading.Event, data: bytes) -> Script:
+    """Read the request, let the test look around, and send these bytes when it says so."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.server.reached.set()
+        if release.wait(LIMIT):
+            connection.send(data)
+
+    return script
+
+
 def answer_unread(data: bytes, linger: bool) -> Script:
     """Answer when the head is there. Then read the rest, as nginx does, or close on top of it."""
 

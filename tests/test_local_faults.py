@@ -33,10 +33,10 @@ import pytest
 from conftest import Program
 from hostile import (
     LIMIT,
-    Connection,
     Hostile,
     Script,
     answer,
+    held,
     message,
     namespace_command,
     refused_port,
@@ -66,6 +66,7 @@ HELPS = [
     pytest.param(("--version",), 1, id="version"),
     pytest.param(("help",), 1, id="help"),
     pytest.param(("status", "--help"), 1, id="status-help"),
+    pytest.param(("run", "--help"), 125, id="run-help"),
 ]
 
 
@@ -90,18 +91,6 @@ def wrapped(program: Program, script: str) -> Program:
 
 def big(size: int) -> dict[str, object]:
     return {**RESULT, "stdout": "x" * size}
-
-
-def held(release: threading.Event, body: bytes = DOCUMENT) -> Script:
-    """Read the request, let the test look around, and answer when it says so."""
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.server.reached.set()
-        if release.wait(LIMIT):
-            connection.send(message(body))
-
-    return script
 
 
 # --- --output is proved writable before the request -------------------------------------------
@@ -211,7 +200,7 @@ def test_file_keeps_its_content_while_a_run_is_in_progress(
     path = tmp_path / "out"
     path.write_bytes(OLD)
     release = threading.Event()
-    with Hostile(held(release)) as server, program.start(
+    with Hostile(held(release, message(DOCUMENT))) as server, program.start(
         "-o", str(path), *RUN, env=to(server, canary)
     ) as process:
         assert server.reached.wait(LIMIT)
@@ -392,7 +381,7 @@ def test_result_survives_a_fifo_whose_reader_left(
     path = tmp_path / "fifo"
     os.mkfifo(path)
     release = threading.Event()
-    with Hostile(held(release)) as server, program.start(
+    with Hostile(held(release, message(DOCUMENT))) as server, program.start(
         "-o", str(path), *RUN, env=to(server, canary)
     ) as process:
         with path.open("rb"):
@@ -642,13 +631,8 @@ def test_a_file_that_is_taken_away_amid_a_run_changes_no_message(
     folder.mkdir()
     release = threading.Event()
 
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.server.reached.set()
-        if release.wait(LIMIT):
-            connection.send(message(b'{"error":{"message":"sorry"}}', "500 No"))
-
-    with Hostile(script) as server, program.start(
+    refusal = message(b'{"error":{"message":"sorry"}}', "500 No")
+    with Hostile(held(release, refusal)) as server, program.start(
         "-o", str(folder / "out"), *RUN, env=to(server, canary)
     ) as process:
         assert server.reached.wait(LIMIT)

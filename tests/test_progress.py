@@ -27,7 +27,7 @@ from typing import NamedTuple
 import pytest
 
 from conftest import Program
-from hostile import LIMIT, Connection, Herd, Hostile, Script, answer, message, silent
+from hostile import LIMIT, Connection, Herd, Hostile, Script, answer, held, message, silent
 
 Env = dict[str, "str | None"]
 Words = tuple[str, ...]
@@ -124,18 +124,6 @@ class Terminal:
         return screen
 
 
-def held(release: threading.Event, body: bytes = DOCUMENT) -> Script:
-    """Read the request, and answer when the test says so."""
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.server.reached.set()
-        if release.wait(LIMIT):
-            connection.send(message(body))
-
-    return script
-
-
 def after(seconds: float, body: bytes = DOCUMENT) -> Script:
     """Read the request, and answer so much later."""
 
@@ -206,7 +194,8 @@ def progress(
 
     def watch(case: Shown) -> Seen:
         release = threading.Event()
-        with Terminal(case.columns) as terminal, Hostile(held(release)) as server:
+        script = held(release, message(DOCUMENT))
+        with Terminal(case.columns) as terminal, Hostile(script) as server:
             start = time.monotonic()
             env = on_a_terminal(server, canary)
             with program.start(*case.words, env=env, stderr=terminal.end) as process:
@@ -311,7 +300,7 @@ def test_progress_and_result_on_one_terminal(program: Program, canary: str, form
 def test_notes_amid_a_run_stand_on_lines_of_their_own(program: Program, canary: str) -> None:
     body = DOCUMENT.replace(b"OK", b"\xff")
     release = threading.Event()
-    with Terminal(200) as terminal, Hostile(held(release, body)) as server:
+    with Terminal(200) as terminal, Hostile(held(release, message(body))) as server:
         env = on_a_terminal(server, canary)
         with program.start("-v", *RUN, env=env, stderr=terminal.end) as process:
             terminal.release()
@@ -330,7 +319,7 @@ def test_notes_amid_a_run_stand_on_lines_of_their_own(program: Program, canary: 
 
 def test_a_terminal_that_hangs_up_ends_no_run(program: Program, canary: str) -> None:
     release = threading.Event()
-    with Terminal() as terminal, Hostile(held(release)) as server:
+    with Terminal() as terminal, Hostile(held(release, message(DOCUMENT))) as server:
         env = on_a_terminal(server, canary)
         with program.start(*RUN, env=env, stderr=terminal.end, start_new_session=True) as process:
             terminal.release()
