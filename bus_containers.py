@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """Command line and library for the container runs of the AI Platform.
 
@@ -7,65 +8,60 @@ Three ways to run it, one behaviour:
     python bus_containers.pyz run -- codex --version        the zipapp, nothing installed
     python bus_containers.py run -- codex --version         this file, vendored anywhere
 
-As a library it never prints, exits, reads `sys.argv` or touches a signal handler.
-Public names: `Client`, `main`, the pure functions `resolve_api_url`, `resolve_token`,
-`resolve_proxy` and `parse_duration`, and the errors:
+As a library it never prints, exits, reads `sys.argv` or touches a signal handler. It offers the
+class `Client`, the functions that `__all__` lists, and these errors:
 
-    BusContainersError          everything that is raised on purpose; carries `run_state`
+    BusContainersError          every error raised on purpose: `reason`, `advice`, `run_state`
     +-- ConfigError             a URL, token or value that cannot be used; nothing was sent
     +-- TransportError          no answer, or not a whole one
-    |   +-- DeadlineError       not within the time given
+    |   +-- DeadlineError       not within the time allowed
     +-- ProtocolError           an answer that cannot be used
-    +-- ApiError                the API, or what stands before it, said no
+    +-- ApiError                the API, or what stands in front of it, refused
 
 Exit codes: 0 success; 2 usage error, nothing sent; 1 any other failure of `status`, `runs` and
 `delete`; 125 any other failure of `run`, else the container's own exit code; 130 interrupted;
 143 terminated.
+
+Data goes one way: argv -> options -> settings -> client -> exchange -> attempt -> answer ->
+document -> format -> result. Public things come first, then what serves them.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import os
+import stat
 import sys
 import time
 
-TYPE_CHECKING = False  # what typing calls so, without the cost of importing typing
+# collections.abc would import all of collections; this is the part that is always loaded. json, re,
+# http and the like are imported by the functions that need them: `--version` needs none of them.
+from _collections_abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+TYPE_CHECKING = False  # type checkers know this name; importing typing would slow each start
 if TYPE_CHECKING:
-    # ruff: noqa: E401, I001
-    import argparse, base64, functools, ipaddress, json, re, socket, ssl, threading
-    import http.client as http_client, urllib.error as urllib_error
-    import urllib.parse as urllib_parse, urllib.request as urllib_request
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, NoReturn, TextIO
+    import argparse
+    import http.client
+    import urllib.request
+    from typing import Any, NoReturn
 
     Document = dict[str, Any]
-    _Kind = type["BusContainersError"]
 else:
+    # With these typing.get_type_hints resolves the public signatures.
+    Any = NoReturn = object
+    Document = dict
 
-    class _Late:
-        """Stands for a module until it is used: `--version` needs none of these, each costs."""
-
-        def __init__(self, name):
-            self._name = name
-
-        def __getattr__(self, attribute):
-            __import__(self._name)
-            module = globals()[self._name.replace(".", "_")] = sys.modules[self._name]
-            return getattr(module, attribute)
-
-    globals().update({name.replace(".", "_"): _Late(name) for name in [
-        "argparse", "base64", "functools", "http.client", "ipaddress", "json", "re", "socket",
-        "ssl", "threading", "urllib.error", "urllib.parse", "urllib.request"]})
+# Long names of options with their values, which are None where there is none.
+_Options = Sequence["tuple[str, str | None]"]
+# Makes the pieces of a result, anew if they have to go to another place.
+_MakePieces = Callable[[], Iterable[str]]
 
 __all__ = [
     "ApiError", "BusContainersError", "Client", "ConfigError", "DeadlineError", "ProtocolError",
-    "TransportError", "main", "parse_duration", "resolve_api_url", "resolve_proxy", "resolve_token",
+    "TransportError", "console", "main", "parse_duration", "resolve_api_url", "resolve_proxy",
+    "resolve_token",
 ]
-__version__ = "1.0.0"
-
-# ---- Constants ------------------------------------------------------------------------------
+__version__ = "1.1.0"
 
 _PROGRAM = "bus-containers"
 _API_PATH = "/api/v1/containers"
@@ -74,137 +70,403 @@ _DEFAULT_PROFILE = "codex"
 _AUDIENCE = "ai.hg.fi/api"
 _SCOPES = {"GET": "container:read", "POST": "container:run", "DELETE": "container:delete"}
 _NEW_TOKEN = f'make one with: bus auth token --scope "{" ".join(_SCOPES.values())} billing:read"'
-
-_URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
-_TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
-# Where the config directory is, below what the variable says; the first that is set counts.
-_CONFIG_PLACES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
+_RUN_ADVICE = (
+    "the run may still be executing and counting against the quota: "
+    f"look with `{_PROGRAM} runs`, end it with `{_PROGRAM} delete RUN_ID`"
+)
 
 _TIMEOUT_SECONDS = 30.0
 _RUN_TIMEOUT_SECONDS = 1800.0  # runs of half an hour are normal
-_RUN_MARGIN_SECONDS = 30.0  # on top of --timeout-seconds: a cold start, and the answer's way back
-_MAX_SECONDS = 10**15  # more than Go's longest duration, and few enough for a float
-_ENDLESS_SECONDS = 2_000_000.0  # poll(2) counts milliseconds in an int: 24.8 days
+_RUN_MARGIN_SECONDS = 30.0  # beyond the run's own limit: a cold start, and the answer's way back
+_MAX_SECONDS = 10.0**15  # longer than Go's longest duration; a float still counts single seconds
+# A firewall that drops packets is noticed in seconds, not at the limit of a run.
+_CONNECT_SECONDS = 10.0
+# RFC 8305, section 5, recommends this delay before the next address is tried.
+_NEXT_ADDRESS_SECONDS = 0.25
 _RETRY_PAUSES_SECONDS = (0.3, 0.7)  # about a second in all
-_RETRY_STATUSES = (502, 503, 504)  # a gateway's word for a backend that is not up
-_TICK_SECONDS = 0.2  # a signal that comes just before a wait is seen at its end
-_WAIT_PAUSE_SECONDS = 2.0  # the longest between two looks of `status --wait`
-# Before NAT forgets an idle connection; TCP_KEEPALIVE is what macOS calls TCP_KEEPIDLE.
-_KEEPALIVE_SECONDS = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 15}
+_GATEWAY_STATUSES = (502, 503, 504)  # a gateway's word for a backend that is not up
+# Nobody looks at the deadline, at signals or at the line of progress during a wait of this length.
+_TICK_SECONDS = 0.2
+_WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wait`
+_STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten minutes
+_PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
 
-_MAX_TOKEN_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 1 << 30  # more than a container may print
-_MAX_DEPTH = 200  # of a document; every Python can write again what is no deeper
-_MAX_QUOTED = 300  # characters of a server's text in one message
-_IO_BYTES = 1024 * 1024  # large bodies and results go in pieces of this size
-
-# As in NO_PROXY: the hosts that need no proxy, and those to which plain http is no great risk.
-_LOOPBACK = "localhost,127.0.0.0/8,::1"
-_PRIVATE = _LOOPBACK + ",.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"
-_PRIVATE += ",169.254.0.0/16,fc00::/7,fe80::/10"
-# Plain http to one label, as in a compose file, or to loopback, told without the cost of ipaddress.
-_NEAR_URL = r"http://([A-Za-z_][^.:/]*|127\.0\.0\.1|\[::1\])(:[0-9]+)?(/|$)"
-
-_LABEL = "[0-9A-Za-z_-]{1,63}"
-_BASE_URL = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<v6>[0-9A-Fa-f:.]+)\])"
-_BASE_URL += r"(:(?P<port>[0-9]{1,9}))?(/[!-\"$->@-~]*)?"
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-_CONTROLS.update({9: "\\t", 10: "\\n", 13: "\\r"})
-
-_PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
-_RUN_ADVICE = "the run may still be executing and counting against the quota: look with"
-_RUN_ADVICE += f" `{_PROGRAM} runs`, end it with `{_PROGRAM} delete RUN_ID`"
+_MAX_JSON_DEPTH = 200  # every Python can write what is not deeper
+_MAX_JSON_DIGITS = 4300  # what Pythons convert by default since 3.9.14; older ones have no limit
+_MAX_QUOTED = 4000  # characters of a server's text in one message
+_MAX_CELL = 40  # a longer cell does not widen its column
+_IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
 
 
 def _visible(text: str) -> str:
-    """Text from outside for a message or a table, where it must not drive the terminal."""
-    return text if text.isprintable() else text.translate(_CONTROLS)
+    """Escape what is not printable, so that text from outside cannot drive the terminal."""
+    if text.isprintable():
+        return text
+    characters = []
+    for character in text:
+        if not character.isprintable():
+            character = ascii(character)[1:-1]
+        characters.append(character)
+    return "".join(characters)
 
 
 def _quoted(text: str) -> str:
-    """`_visible`, and no longer than a message can bear."""
-    return _visible(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
+    """Return text from outside as a message can bear it."""
+    if len(text) > _MAX_QUOTED:
+        text = f"{text[:_MAX_QUOTED]}..."
+    return _visible(text)
 
 
-def _about(seconds: float) -> str:
-    """A length of time as a person says it: `1.5 s`, `45 min`, `3 h`, `2 d`."""
+def _rounded(seconds: float) -> str:
+    """Return a length of time as a person says it: `1.5 s`, `45 min`, `3 h`, `2 d`."""
     if seconds < 120:
         return f"{seconds:.3g} s"
-    if seconds < 7200:
+    if seconds < 2 * 3600:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
+    if seconds < 2 * 86_400:
+        return f"{seconds / 3600:.0f} h"
+    return f"{seconds / 86_400:.0f} d"
+
 
 # ---- Errors ---------------------------------------------------------------------------------
 
-class BusContainersError(Exception):
-    """Base of every error raised on purpose. Its text says what failed, where, and what next.
 
-    `retryable` is whether the same call may succeed later, and starts no second run; `run_state`,
-    for the error of a run, `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`.
-    """
+class BusContainersError(Exception):
+    """Base of every error that is raised on purpose. Its text is `reason`, then `advice`."""
+
+    kind = "error"
+    """The error's name in `--error-format json`."""
 
     run_state: str | None = None
+    """What is known of a run: `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`."""
 
-    def __init__(self, text: str, retryable: bool = False) -> None:
-        super().__init__(text)
-        self.retryable = retryable
+    # pickle and copy call a class with what Exception was given, then restore the attributes. So
+    # no error of this module asks for more than its reason.
+    def __init__(self, reason: str, advice: str = "", *, retryable: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason  # what failed, and where
+        self.advice = advice  # what to do next
+        self.retryable = retryable  # the same call may succeed later, and starts no second run
 
     def __str__(self) -> str:
-        return super().__str__() + (f"; {_RUN_ADVICE}" if self.run_state == "unknown" else "")
+        text = self.reason
+        if self.advice:
+            text += f"; {self.advice}"
+        if self.run_state == "unknown":
+            text += f"; {_RUN_ADVICE}"
+        return text
+
+    def as_document(self) -> Document:
+        """Return the error as `--error-format json` prints it; what it does not have is None."""
+        document: Document = {"kind": self.kind, "text": str(self)}
+        for name in ("status", "type", "message", "action", "command", "document"):
+            document[name] = getattr(self, name, None)
+        document["message"] = document["message"] or str(self)
+        document["retryable"] = self.retryable
+        return document
 
 
 class ConfigError(BusContainersError):
     """A URL, token or value that cannot be used. Nothing was sent."""
 
+    kind = "config"
     run_state = "not_sent"
 
 
 class _UsageError(ConfigError):
-    """The caller wrote something wrong, on the command line or in a variable: exit code 2."""
+    """The user wrote something wrong, on the command line or in a variable: exit code 2."""
+
+    kind = "usage"
+
+
+class _MissingTokenError(ConfigError):
+    """There is no token yet. `status --wait` waits for one, as it may be on its way."""
 
 
 class TransportError(BusContainersError):
     """The request could not be sent, or its answer did not arrive whole."""
 
+    kind = "transport"
+
 
 class DeadlineError(TransportError):
     """The whole exchange did not end within its time."""
 
+    kind = "deadline"
+
 
 class ProtocolError(BusContainersError):
-    """An answer that cannot be used: no HTTP, no JSON, or not of the expected shape."""
+    """An answer that cannot be used: not HTTP, not JSON, or not of the expected shape."""
+
+    kind = "protocol"
 
 
 class ApiError(BusContainersError):
-    """An HTTP status other than 2xx. `status` is the number, `document` the answer if it is JSON.
+    """An answer with an HTTP status other than 2xx, from the API or from what is in front of it.
 
-    From the document, each a string or None: `type`, the server's word for the error; `message`,
-    its sentence about it; `action`, what it advises; `command`, the command that does so.
+    `status` is the number, `document` the answer if it is JSON. Out of the document, each a string
+    or None: `type`, the server's word for the error; `message`, its sentence about it; `action`,
+    what it advises; `command`, the command that does so.
     """
 
-    def __init__(self, text: str, status: int, document: Any = None) -> None:
-        super().__init__(text, status in _RETRY_STATUSES)
-        self.status, self.document = status, document
-        error = document.get("error", document) if isinstance(document, dict) else None
-        self.message = error if isinstance(error, str) else _field(error, "message")
-        names = ("type", "action", "command")
-        self.type, self.action, self.command = (_field(error, name) for name in names)
+    kind = "api"
+
+    def __init__(self, reason: str, status: int = 0, document: Any = None) -> None:
+        super().__init__(reason, retryable=_is_retryable(status))
+        self.status = status
+        self.document = document
+        self.retry_after_seconds = 0  # the server's Retry-After, where that is a number
+        error = _error_object(document)
+        self.type = _text(error, "type")
+        self.message = _text(error, "message")
+        self.action = _text(error, "action")
+        self.command = _text(error, "command")
 
 
 class _OutputError(BusContainersError):
-    """A result that cannot be written. Without a text: its reader went away."""
+    """A result that cannot be written."""
+
+    kind = "output"
 
 
-def _field(fields: Any, name: str, kind: Any = str) -> Any:
-    """A field of an object, or None unless it is of this kind and no blank text."""
-    value = fields.get(name) if isinstance(fields, dict) else None
-    return value if isinstance(value, kind) and str(value).strip() else None
+class _ReaderLeftError(_OutputError):
+    """The reader of standard output went away, as `| head` does. That needs no message."""
 
 
-def _reason(error: object) -> str:
+class _InternalError(BusContainersError):
+    """A fault of the program itself, or of the Python that it runs on."""
+
+    kind = "internal"
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal ended a call. It carries the shell's exit code, and what is known of a run."""
+
+    def __init__(self, exit_code: int = 130, run_state: str | None = None) -> None:
+        super().__init__(exit_code, run_state)
+        self.exit_code = exit_code
+        self.run_state = run_state
+
+
+def _internal_error(fault: BaseException) -> _InternalError:
+    text = f"internal error: {type(fault).__name__}: {_quoted(str(fault))}"
+    return _InternalError(text, "please report this line: the program or its Python is at fault")
+
+
+def _reason_of(error: BaseException) -> str:
+    """Return what the system says of an error, or at least the error's name."""
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
+
+# ---- Client ---------------------------------------------------------------------------------
+
+
+class Client:
+    """The four calls of the container-run API, for the account in a bearer token.
+
+    `timeout` is the limit of a whole exchange in seconds, 0 for none. A Client may be used from
+    many threads. Each call returns the API's document and raises BusContainersError.
+    """
+
+    def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
+        self._modules = _load_modules(api_url)
+        self.api_url = _checked_api_url(api_url, "`api_url`")
+        self.timeout = timeout
+        self._token = _checked_token(token, "`token`")
+        self._environ: Mapping[str, str] | None = None  # None is the process's, at each request
+        self._observer = _Observer()  # the command line puts its reporter here
+
+    def __repr__(self) -> str:
+        return f"Client({self.api_url!r})"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Client:
+        """Return a client with the URL, token and proxy that the command line would resolve.
+
+        `environ` is the process's environment unless given. Raises ConfigError.
+        """
+        _load_modules("")
+        # help() and pydoc would print os.environ, token included, if it were a default value.
+        variables = os.environ if environ is None else environ
+        api_url, _ = resolve_api_url(None, variables)
+        token, _ = resolve_token(None, variables)
+        client = cls(api_url, token)
+        client._environ = environ
+        return client
+
+    def status(self) -> Document:
+        """Return `{"items": [{"id", "state", ...}]}`, or `{"status": {"state", ...}}`."""
+        exchange = _Exchange(self, "GET", "/status")
+        document: Document = exchange.fetch()
+        if document:
+            return document
+        raise exchange.error(ProtocolError, "HTTP 200, but the answer says nothing")
+
+    def run(
+        self, command: Sequence[str], *, profile: str | None = None, image: str | None = None,
+        timeout_seconds: int | None = None, timeout: float | None = None,
+    ) -> Document:
+        """Run a command in a fresh container; return `run_id`, `exit_code`, `stdout` and more.
+
+        Without `profile` and `image` the profile is `codex`. `timeout_seconds` limits the run,
+        `timeout` the exchange: by default 30 s more than the run's limit, or 30 minutes. An error,
+        and a KeyboardInterrupt, say by `run_state` whether the run may be going on.
+        """
+        request = _run_request(command, profile, image, timeout_seconds)
+        if timeout is None:
+            timeout = _run_timeout(timeout_seconds)
+        exchange = _Exchange(self, "POST", "/runs", request, timeout)
+        document: Document
+        try:
+            document = exchange.fetch()
+        except BusContainersError as error:
+            error.run_state = exchange.run_state
+            # Whoever retries what may be going on pays for two runs.
+            error.retryable = error.retryable and error.run_state != "unknown"
+            raise
+        except KeyboardInterrupt as interrupt:
+            code = getattr(interrupt, "exit_code", 130)
+            raise _Interrupted(code, exchange.run_state) from interrupt
+        return document
+
+    def runs(self) -> Document:
+        """Return `{"items": [...]}`, the account's runs, out of `/status` if it has no list."""
+        exchange = _Exchange(self, "GET", "/runs")
+        document: Any
+        try:
+            document = exchange.fetch((dict, list))
+        except ApiError as error:
+            if error.status not in (404, 405):
+                raise
+            exchange = _Exchange(self, "GET", "/status")
+            document = exchange.fetch()
+            # The published provider has no list of runs, but shows them among its runners. A run
+            # has an id of its own, or an owner.
+            items = _items("status", document)
+            runs = [item for item in items if "run_id" in item or _cell(item, "owner")]
+            if runs:
+                document["items"] = runs
+        if isinstance(document, list):
+            document = {"items": document}
+        if "items" not in document and "runs" in document:
+            document = {"items": document.pop("runs"), **document}
+        items = document.setdefault("items", "missing")
+        # Go writes an empty list as null.
+        if items is None:
+            document["items"] = []
+        elif not isinstance(items, list):
+            raise exchange.error(ProtocolError, "HTTP 200, but the answer lists no runs")
+        return dict(document)
+
+    def delete(self, run_id: str) -> Document:
+        """Delete a run, stopping it first; return `{"deleted": true, "run_id", ...}`."""
+        _restore_modules(self._modules)
+        exchange = _Exchange(self, "DELETE", f"/runs/{_path_segment(run_id)}")
+        try:
+            document: Document = exchange.fetch()
+        except ApiError as error:
+            if error.status != 404 or not exchange.was_lost:
+                raise
+            text = f"run {run_id}: the connection of a first request was lost, and now there is no"
+            self._observer.warn(f"{text} such run, so it counts as deleted")
+            document = {}
+        if not document:
+            return {"deleted": True, "run_id": run_id}
+        # A state alone, or the answer for another run, does not say that this one is gone.
+        is_this_run = document.get("run_id", run_id) == run_id
+        if document.get("deleted") is not True or not is_this_run:
+            text = f"the answer does not say that the run {run_id} is deleted"
+            raise exchange.error(ProtocolError, text)
+        return document
+
+
+def _load_modules(api_url: str) -> dict[str, Any]:
+    """Import what a request needs, and return all modules. Raises BusContainersError.
+
+    A Python without `_ssl`, or without a free descriptor, has to show before anything is sent.
+    """
+    try:
+        for name in ("http.client", "json", "re", "selectors", "threading", "urllib.request"):
+            __import__(name)
+        if api_url.lower().startswith("https:"):
+            __import__("ssl")
+    except (ImportError, OSError) as error:
+        fault = _internal_error(error)
+        fault.run_state = "not_sent"
+        raise fault from None
+    return dict(sys.modules)
+
+
+def _restore_modules(modules: Mapping[str, Any]) -> None:
+    """Make imports work in a `__del__`: while the interpreter ends, sys.modules is emptied."""
+    if sys.is_finalizing():
+        sys.modules.update(modules)
+
+
+# The command line calls this as well, to report what is wrong before anything is sent.
+def _run_request(
+    command: Sequence[str], profile: str | None, image: str | None, timeout_seconds: int | None
+) -> Document:
+    """Return the body of a run's request. Raises ConfigError in the words of `Client.run`."""
+    if profile is not None and image is not None:
+        raise ConfigError("`profile` and `image` exclude each other")
+    if image is not None:
+        request: Document = {"image": image, "command": command}
+    elif profile is not None:
+        request = {"profile": profile, "args": command}
+    else:
+        request = {"profile": _DEFAULT_PROFILE, "args": command}
+    place, words = request
+    if not _text(request, place):
+        raise ConfigError(f"`{place}` {request[place]!r} is not a name")
+    is_text = isinstance(command, (str, bytes))  # a sequence of words of one letter each
+    if is_text or not command or not all(isinstance(word, str) for word in command):
+        raise ConfigError("`command` is not a list of words")
+    request[words] = list(command)
+    if timeout_seconds is not None:
+        if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
+            raise ConfigError(f"`timeout_seconds` {timeout_seconds!r} is not a whole number >= 0")
+        request["timeout_seconds"] = timeout_seconds
+    return request
+
+
+def _run_timeout(timeout_seconds: int | None) -> float:
+    """Return the default limit of the exchange of a run that is limited so, in seconds."""
+    if timeout_seconds:
+        return timeout_seconds + _RUN_MARGIN_SECONDS
+    return _RUN_TIMEOUT_SECONDS
+
+
+def _path_segment(run_id: str) -> str:
+    """Return a run's id as one segment of a path, so that it can name no other endpoint."""
+    import urllib.parse
+    is_text = isinstance(run_id, str) and _visible(run_id) == run_id
+    if not is_text or run_id in ("", ".", ".."):
+        raise ConfigError(f"{run_id!r} is not a run's id", f"`{_PROGRAM} runs` lists them")
+    return urllib.parse.quote(run_id, safe="", errors="surrogatepass")
+
+
 # ---- Settings: functions of their arguments alone ---------------------------------------------
+
+
+_URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
+_TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
+# The config directory below the value of each variable; the first variable that is set counts.
+_CONFIG_DIRECTORIES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
+# As in NO_PROXY: the hosts that need no proxy, and those that plain http reaches at little risk.
+_LOOPBACK = "localhost,127.0.0.0/8,::1"
+_PRIVATE = (
+    f"{_LOOPBACK},.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,"
+    "fc00::/7,fe80::/10"
+)
+# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment.
+_LABEL = "[0-9A-Za-z_-]{1,63}"
+_ORIGIN = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])"
+_BASE_URL = rf"{_ORIGIN}(:(?P<port>[0-9]{{1,9}}))?(/[!-\"$->@-~]*)?"
+
 
 def resolve_api_url(flag: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
     """Return the API's base URL, without a slash at its end, and the name of its source.
@@ -212,10 +474,19 @@ def resolve_api_url(flag: str | None, environ: Mapping[str, str]) -> tuple[str, 
     The first that is set wins: `flag`, `BUS_AI_API_URL`, `BUS_API_BASE_URL`, the default.
     Raises ConfigError, which names the source, for all but an origin and a path prefix.
     """
-    candidates = [("--api-url", flag)] if flag is not None else []
-    candidates += [(name, environ[name]) for name in _URL_VARIABLES if environ.get(name)]
-    source, url = (candidates or [("default", _DEFAULT_API_URL)])[0]
-    shown, hint = _redacted_url(url), ""
+    if flag is not None:
+        return _checked_api_url(flag, "--api-url"), "--api-url"
+    for name in _URL_VARIABLES:
+        if environ.get(name):
+            return _checked_api_url(environ[name], name), name
+    return _DEFAULT_API_URL, "default"
+
+
+def _checked_api_url(url: str, source: str) -> str:
+    """Return a base URL in its normal form, or raise an error that names its source."""
+    shown = _redacted_url(url)
+    # Two mistakes are made often enough for a hint.
+    hint = ""
     if "://" not in url:
         hint = f": write https://{shown}, or http://{shown} for plain HTTP"
     elif f"{_API_PATH}/" in f"{url}/":
@@ -224,24 +495,25 @@ def resolve_api_url(flag: str | None, environ: Mapping[str, str]) -> tuple[str, 
         form = "http[s]://HOST[:PORT][/PREFIX], in ASCII, without user, query or fragment"
         raise _UsageError(f"{source}: {shown!r} is not {form}{hint}")
     scheme, _, rest = url.partition("://")
-    return f"{scheme.lower()}://{rest.rstrip('/')}", source
+    return f"{scheme.lower()}://{rest.rstrip('/')}"
 
 
 def _is_base_url(url: str) -> bool:
-    """Whether a URL is an origin with a path prefix, of an address and a port that there can be."""
+    """Return whether a URL is an origin and a path prefix, of a possible address and port."""
+    import re
     match = re.fullmatch(_BASE_URL, url)
-    try:
-        if match and match["v6"]:
-            ipaddress.IPv6Address(match["v6"])
-        return match is not None and 0 < int(match["port"] or 80) < 65536
-    except ValueError:
+    if match is None or not 0 < int(match["port"] or 80) < 65536:
         return False
+    address = match["ipv6"]
+    return not address or (":" in address and _parse_address(address) is not None)
 
 
 def _redacted_url(url: str) -> str:
-    """A URL for a message: without all before an @, and without what a query or fragment says."""
-    url = re.sub("^([a-z]+://)?.*@", r"\1***@", url, flags=re.IGNORECASE | re.DOTALL)
-    return _quoted(re.sub("([?#]).+", r"\1***", url, flags=re.DOTALL))
+    """Return a URL for a message: without what is before an @, in a query or in a fragment."""
+    import re
+    # A password may hold an @, too, so all before the last one goes.
+    url = re.sub("(?is)^([a-z]+://)?.*@", r"\1***@", url)
+    return _quoted(re.sub("(?s)([?#]).+", r"\1***", url))
 
 
 def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -252,41 +524,67 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
     `$XDG_CONFIG_HOME/bus`, `~/.config/bus`). Raises ConfigError, which never holds any of it.
     """
     if path is not None:
-        return _read_token(path)
+        return _read_token(path, f"{path} does not exist")
     for name in _TOKEN_VARIABLES:
         if environ.get(name):
             return _checked_token(environ[name], name), name
-    home = next((name for name in _CONFIG_PLACES if environ.get(name)), None)
-    places = ", ".join(("--token-file", *_TOKEN_VARIABLES))
-    if home is None:
-        raise ConfigError(f"no token: looked at {places}; HOME is not set; {_NEW_TOKEN}", True)
-    path = os.path.join(environ[home], _CONFIG_PLACES[home], "auth", "api-token")
-    return _read_token(path, f"looked at {places}, {path}")
+    tried = ", ".join(("--token-file", *_TOKEN_VARIABLES))
+    for name, directory in _CONFIG_DIRECTORIES.items():
+        if environ.get(name):
+            path = os.path.join(environ[name], directory, "auth", "api-token")
+            return _read_token(path, f"looked at {tried}, {path}")
+    raise _MissingTokenError(f"no token: looked at {tried}; HOME is not set", _NEW_TOKEN)
 
 
-def _read_token(path: str, missing: str = "") -> tuple[str, str]:
-    name = "standard input" if path == "-" else path or "a file without a name"
+def _read_token(path: str, missing: str) -> tuple[str, str]:
+    name = path or "a file without a name"
+    place: str | int = path
+    if path == "-":
+        name, place = "standard input", 0
+    problem = ""
     try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-            data = file.read(_MAX_TOKEN_BYTES + 1)
+        with open(place, "rb", closefd=place != 0) as file:  # standard input stays open
+            data = file.read(65537)
+        if len(data) > 65536:
+            problem = f"the token in {name} is larger than 64 KiB"
     except FileNotFoundError:
-        text = f"no token: {missing or f'{name} does not exist'}; {_NEW_TOKEN}"
-        raise ConfigError(text, retryable=True) from None  # it may be on its way
+        problem = f"no token: {missing}"
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read a token from {name}: {_reason(error)}") from None
-    if len(data) > _MAX_TOKEN_BYTES:
-        raise ConfigError(f"the token in {name} is larger than {_MAX_TOKEN_BYTES // 1024} KiB")
-    return _checked_token(data.decode("latin-1"), name), name
+        problem = f"cannot read a token from {name}: {_reason_of(error)}"
+    # Raised outside of the handlers: the path may be the token itself, which must not be shown, and
+    # it would be in the error that hangs behind ours.
+    if not problem:
+        return _checked_token(data.decode("latin-1"), name), name
+    _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
+    is_long = len(word) >= 20 and "/" not in path and "\\" not in path
+    if is_long or "eyJ" in path:
+        raise ConfigError("--token-file: its value looks like a token, not a path")
+    if problem.startswith("no token"):
+        raise _MissingTokenError(problem, _NEW_TOKEN)
+    raise ConfigError(problem)
 
 
-def _checked_token(text: str, name: str) -> str:
-    """The token without the blanks around it. http.client prints a header it cannot send."""
+def _checked_token(text: str, source: str) -> str:
+    """Return a token without the blanks around it, or raise an error that names its source.
+
+    http.client would quote a header that it cannot send in its error, so it is checked here.
+    """
+    import re
     token = text.strip(" \t\r\n\v\f")
     if not token:
-        raise ConfigError(f"no token: {name} is empty; {_NEW_TOKEN}", retryable=True)
-    if not re.fullmatch("[!-~]+", token):
-        raise ConfigError(f"the token in {name} holds a character that is not visible ASCII")
-    return token
+        raise _MissingTokenError(f"no token: {source} is empty", _NEW_TOKEN)
+    if re.fullmatch("[!-~]+", token):
+        return token
+    problem = "holds a character that is not visible ASCII"
+    if "\0" in token or token.startswith(("\xff\xfe", "\xfe\xff")):
+        problem = "is UTF-16: save it as plain ASCII"
+    elif token.startswith(("\xef\xbb\xbf", "\ufeff")):
+        problem = "starts with a byte-order mark: save it without"
+    elif re.match(r"(?i)(authorization:\s*)?bearer\s", token):
+        problem = "starts with `Bearer`: leave that word out"
+    elif "\n" in token or "\r" in token:
+        problem = "has more than one line"
+    raise ConfigError(f"the token in {source} {problem}")
 
 
 def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
@@ -295,64 +593,112 @@ def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     `HTTPS_PROXY` or `HTTP_PROXY`, less what `NO_PROXY` names, each also in lower case, by the rules
     of golang.org/x/net/http/httpproxy, as the other Bus tools are Go. Raises ConfigError.
     """
-    return _proxy(url, environ)[0]
+    return _proxy_and_source(url, environ)[0]
 
 
-def _proxy(url: str, environ: Mapping[str, str]) -> tuple[str | None, str]:
-    """The proxy for a URL, and the name of the variable that it is from."""
-    name = "HTTPS_PROXY" if url.lower().startswith("https:") else "HTTP_PROXY"
-    source = name if environ.get(name) else name.lower()
-    value = environ.get(source, "")
-    direct = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
-    # In a CGI script HTTP_PROXY may be what a client sent as the header `Proxy`.
-    from_client = name == "HTTP_PROXY" and environ.get("REQUEST_METHOD")
-    if not value or from_client or _is_listed(url, f"{_LOOPBACK},{direct}"):
+def _proxy_and_source(url: str, environ: Mapping[str, str]) -> tuple[str | None, str]:
+    """Return the proxy for a URL, and the name of the variable that it is from."""
+    source = "HTTP_PROXY"
+    if url.lower().startswith("https:"):
+        source = "HTTPS_PROXY"
+    elif environ.get("REQUEST_METHOD"):
+        return None, ""  # in a CGI script HTTP_PROXY may be what a client sent as a header `Proxy`
+    if not environ.get(source):
+        source = source.lower()
+    proxy = environ.get(source)
+    excluded = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+    if not proxy or _is_listed(url, f"{_LOOPBACK},{excluded}"):
         return None, ""
-    scheme, _, rest = (value if "://" in value else f"http://{value}").partition("://")
-    login, at, place = rest.rpartition("@")
-    usable = scheme.lower() == "http" and re.fullmatch('[!-"$-.0->@-~]*', login)
-    if not (usable and _is_base_url(f"http://{place}")):
-        raise _UsageError(f"{source}: {_redacted_url(value)!r} is not {_PROXY_URL}")
-    return f"http://{login}{at}{place.rstrip('/')}", source
+    return _checked_proxy(proxy, source), source
+
+
+def _checked_proxy(proxy: str, source: str) -> str:
+    """Return a proxy's URL in its normal form, or raise an error that names its source."""
+    import re
+    scheme, separator, rest = proxy.partition("://")
+    if not separator:
+        scheme, rest = "http", proxy
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    login, at, place = authority.rpartition("@")
+    is_usable = scheme.lower() == "http" and re.fullmatch("[!-~]*", login)
+    hint = ""
+    # A path after the port is ignored, as Go and curl do. But a login may have been cut there.
+    if "@" in rest[len(authority) :]:
+        hint = ": percent-encode / as %2F, ? as %3F and # as %23 in USER and PASSWORD"
+    elif is_usable and _is_base_url(f"http://{place}"):
+        return f"http://{login}{at}{place}"
+    raise _UsageError(f"{source}: {_redacted_url(proxy)!r} is not {_PROXY_URL}{hint}")
 
 
 def _is_listed(url: str, entries: str) -> bool:
-    """Whether a list as in NO_PROXY names the host of a URL."""
-    parts = urllib_parse.urlsplit(url)
+    """Return whether a list as in NO_PROXY names the host of a URL."""
+    import re
+    import urllib.parse
+    parts = urllib.parse.urlsplit(url)
     host = (parts.hostname or "").rstrip(".")
-    try:
-        address: Any = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        try:  # getaddrinfo takes 127.1 and 0x7f000001 for addresses, too
-            address = ipaddress.IPv4Address(socket.inet_aton(host))
-        except OSError:
-            address = None
-    address = getattr(address, "ipv4_mapped", None) or address
-    for entry in map(str.strip, entries.lower().split(",")):
-        name, colon, port = entry.rpartition(":")
-        is_port = colon and re.fullmatch("[0-9]{0,5}", port)
-        if not (is_port and (name.endswith("]") or ":" not in name)):
-            name, port = entry, ""
-        if port and int(port) != (parts.port or (443 if parts.scheme == "https" else 80)):
+    url_port = parts.port or _DEFAULT_PORTS[parts.scheme]
+    address = _parse_address(host)
+    for entry in entries.lower().split(","):
+        entry = entry.strip()
+        name, _, port = entry.rpartition(":")
+        # An IPv6 address without brackets has no port behind its last colon.
+        is_bare_ipv6 = ":" in name and not name.endswith("]")
+        if is_bare_ipv6 or not re.fullmatch("[0-9]{0,5}", port):
+            name, port = "", ""
+        if port and int(port) != url_port:
             continue
-        if name == "*":
+        if _is_match(name or entry, host, address):
             return True
-        if address is None:
-            suffix = name[1:] if name.startswith("*.") else name
-            if suffix and (host == suffix or host.endswith("." + suffix.lstrip("."))):
-                return True
-            continue
-        try:
-            if address in ipaddress.ip_network(name.strip("[]"), strict=False):
-                return True
-        except ValueError:
-            pass  # no name matches an address
     return False
 
 
+def _is_match(name: str, host: str, address: Any) -> bool:
+    """Return whether an entry of NO_PROXY, without its port, names a host, or its address."""
+    import ipaddress
+
+    if name == "*":
+        return True
+    if address is None:
+        if name.startswith("*."):
+            name = name[1:]
+        return name != "" and (host == name or host.endswith(f".{name.lstrip('.')}"))
+    try:
+        network: Any = ipaddress.ip_network(name.strip("[]"), strict=False)
+    except ValueError:
+        return False  # the name of a host matches no address
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped and network.prefixlen >= 96:  # ::ffff:10.0.0.0/104 is 10.0.0.0/8
+        network = ipaddress.ip_network((mapped, network.prefixlen - 96), strict=False)
+    return address in network
+
+
+def _parse_address(host: str) -> Any:
+    """Return the IP address that a host is, in any spelling that getaddrinfo takes, or None."""
+    import ipaddress
+    import socket
+    host, _, _ = host.partition("%")  # the zone of an IPv6 address
+    try:
+        address: Any = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            address = ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, 0x7f000001
+        except (OSError, ValueError):
+            return None
+    # ::ffff:10.0.0.1 reaches the same host as 10.0.0.1.
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
-_NANOSECONDS = {"ns": 1, "us": 10**3, "\u00b5s": 10**3, "\u03bcs": 10**3, "ms": 10**6, "s": 10**9}
-_NANOSECONDS.update(m=60 * 10**9, h=3600 * 10**9)
+_UNIT_NANOSECONDS = {
+    "ns": 1,
+    "us": 10**3,
+    "\u00b5s": 10**3,  # with the micro sign
+    "\u03bcs": 10**3,  # with the Greek letter mu
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
+}
 
 
 def parse_duration(text: str) -> float:
@@ -360,1140 +706,2067 @@ def parse_duration(text: str) -> float:
 
     Raises ConfigError for what https://pkg.go.dev/time#ParseDuration does not take.
     """
-    digits = text[1:] if text.startswith(("-", "+")) else text
+    import re
+    digits = text
+    if text.startswith(("-", "+")):
+        digits = text[1:]
     if digits == "0":
         return 0.0
-    form = f"(?:{_DURATION_PART})+"
-    if not re.fullmatch(form, digits):
-        bare = re.fullmatch(form, f"{digits}s")
-        hint = f"has no unit: try `{text}s`" if bare else "is no duration: try `30s` or `1h30m`"
+    if not re.fullmatch(f"({_DURATION_PART})+", digits):
+        hint = "is not a duration: try `30s` or `1h30m`"
+        if re.fullmatch(f"({_DURATION_PART})+", f"{digits}s"):
+            hint = f"has no unit: try `{text}s`"
         raise _UsageError(f"{_quoted(text)!r} {hint}")
-    total = 0
+    nanoseconds = 0
     for number, unit in re.findall(_DURATION_PART, digits):
         whole, _, fraction = number.partition(".")
-        total += int(whole.lstrip("0")[:20] or "0") * _NANOSECONDS[unit]  # 2**63 has 19 digits
-        fraction = fraction[:18]  # a nanosecond is in the 13th digit of an hour
-        total += int(int(fraction or "0") * (_NANOSECONDS[unit] / 10 ** len(fraction)))  # as Go
-    if total > 2**63 - (not text.startswith("-")):
+        # The longest duration has 19 digits, and a nanosecond is the 13th of an hour. An int of
+        # thousands of digits would be refused.
+        whole, fraction = whole.lstrip("0")[:20], fraction[:18]
+        nanoseconds += int(whole or "0") * _UNIT_NANOSECONDS[unit]
+        # Go, too, computes the fraction as a float and cuts it off.
+        scale = _UNIT_NANOSECONDS[unit] / 10 ** len(fraction)
+        nanoseconds += int(int(fraction or "0") * scale)
+    if nanoseconds >= 2**63 + text.startswith("-"):
         raise _UsageError(f"{_quoted(text)!r} is longer than the 292 years of a duration")
-    return (-total if text.startswith("-") else total) / 10**9
+    if text.startswith("-"):
+        nanoseconds = -nanoseconds
+    return nanoseconds / 10**9
 
 
-def _token_facts(token: str, scope: str, now: float) -> list[str]:
-    """What a JWT says of its own use, unverified, so advice only: times, scope and audience."""
+def _token_facts(token: str, scope: str) -> list[str]:
+    """Return what a token says of its own use. Nothing is verified, so this is advice only."""
+    facts = []
+    if token[0] in "'\"" and token[0] == token[-1]:
+        facts.append("is in quotes, as `docker --env-file` keeps them: leave them out")
+    claims = _token_claims(token)
+    if claims is None:
+        return [*facts, "is not a JWT, so what it allows cannot be seen here"]
+    now = time.time()
+    starts, ends = _claimed_time(claims, "nbf"), _claimed_time(claims, "exp")
+    scopes, audiences = _claimed_words(claims, "scope"), _claimed_words(claims, "aud")
+    if now < starts:
+        facts.append(f"is not valid for another {_rounded(starts - now)}, by this machine's clock")
+    if now < ends:
+        facts.append(f"expires in {_rounded(ends - now)}")
+    elif ends:
+        facts.append(f"expired {_rounded(now - ends)} ago")
+    if scope not in scopes:
+        facts.append(f"lacks the scope {scope} (it has: {' '.join(scopes) or 'none'})")
+    if _AUDIENCE not in audiences:
+        facts.append(f"is for {' '.join(audiences) or 'no audience'}, not {_AUDIENCE}")
+    return [_quoted(fact) for fact in facts]
+
+
+def _token_claims(token: str) -> Document | None:
+    import base64
+    import json
     try:
         _, payload, _ = token.split(".")
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        starts, ends = (float(claims.get(name) or 0) for name in ("nbf", "exp"))
-        scopes = str(claims.get("scope") or "").split()
-        audience = claims.get("aud") or []
-        audiences = audience.split() if isinstance(audience, str) else [*map(str, audience)]
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        return ["is no JWT, so what it allows cannot be seen here"]
-    facts, left = [], ends - now
-    if now < starts:
-        facts.append(f"is not valid for another {_about(starts - now)}, by this machine's clock")
-    if ends:
-        facts.append(f"expires in {_about(left)}" if left > 0 else f"expired {_about(-left)} ago")
-    if scope not in scopes:
-        facts.append(f"lacks the scope {scope} (it has: {_quoted(' '.join(scopes)) or 'none'})")
-    if _AUDIENCE not in audiences:
-        facts.append(f"is for {_quoted(' '.join(audiences)) or 'no audience'}, not {_AUDIENCE}")
-    return facts
+        payload += "=" * (-len(payload) % 4)  # which a JWT leaves out
+        claims = json.loads(base64.urlsafe_b64decode(payload))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(claims, dict):
+        return None
+    return claims
 
-# ---- Transport: the one place that touches the network ----------------------------------------
 
-# What an exchange tells on its way, as a level and a text. A tick is a moment without an answer.
-_TICK, _WARNING, _VERBOSE, _TRACE = range(-1, 3)
+def _claimed_time(claims: Document, name: str) -> float:
+    value = _field(claims, name, (int, float)) or 0
+    if abs(value) > _MAX_SECONDS:
+        return 0.0
+    return float(value)
+
+
+def _claimed_words(claims: Document, name: str) -> list[str]:
+    value = _field(claims, name, (str, list)) or ""
+    if isinstance(value, str):
+        value = value.split()
+    return [str(word) for word in value]
+
+
+# ---- Transport: the one place that talks to the network ----------------------------------------
+
+
+class _Observer:
+    """What an exchange tells on its way, always in the caller's thread. This one ignores it."""
+
+    def tick(self) -> None:
+        """A moment has passed without an answer. What this raises ends the exchange."""
+
+    def enter_state(self, run_state: str) -> None:
+        """What is known of a run has changed."""
+
+    def warn(self, text: str) -> None:
+        """Something is wrong that does not end the exchange."""
+
+    def explain(self, text: str) -> None:
+        """A whole answer has arrived, or there will be another try."""
+
+    def show_headers(self, mark: str, lines: Iterable[str]) -> None:
+        """The head of a request (`>`) or of an answer (`<`) has passed."""
+
+
+class _Answer:
+    """An HTTP answer as a plain value. The names of its headers are in lower case."""
+
+    def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
+        self.status = status
+        self.reason = reason
+        self.headers: dict[str, str] = {name.lower(): value for name, value in headers}
+        self.body = body
 
 
 class _Exchange:
-    """One request to the API and its answer, under one deadline, tries included."""
+    """One request to the API and its answer: what is asked, by when, and how often."""
 
     def __init__(
-        self, client: Client, method: str, path: str, body: bytes | None = None, limit: Any = None
+        self, client: Client, method: str, path: str, request: Document | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self.run_state = "not_sent"  # what is known of a run at this moment
-        self.repeated = False  # whether it was sent again after a try whose outcome is unknown
-        self._client, self._method, self._body = client, method, body
-        self._note = client._notify
-        self._url = f"{client.api_url}{_API_PATH}{path}"
-        self._where = f"{method} {self._url}"
-        self._proxy = resolve_proxy(self._url, client._environ)
-        self._via = f"the proxy {_redacted_url(self._proxy)}" if self._proxy else ""
-        self._limit = client.timeout if limit is None else limit
-        if not (isinstance(self._limit, (int, float)) and 0 <= self._limit < _MAX_SECONDS + 60):
-            raise _UsageError(f"the timeout {self._limit!r} is no number of seconds >= 0")
-        self._end = time.monotonic() + (self._limit or float("inf"))
-        self._sock: socket.socket | None = None
-        self._lock = threading.Lock()  # so that nothing is sent once the caller has given up
+        _restore_modules(client._modules)
+        import json
+        import urllib.parse
+        self.method = method
+        self.body = None
+        if request is not None:
+            self.body = json.dumps(request).encode()
+        self.token = client._token
+        self.observer = client._observer
+        self.environ = os.environ if client._environ is None else client._environ
+        self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}{path}")
+        self.where = f"{method} {self.url.geturl()}"
+        self.timeout = client.timeout if timeout is None else timeout
+        is_number = isinstance(self.timeout, (int, float))
+        if not is_number or not 0 <= self.timeout < 2 * _MAX_SECONDS:
+            raise ConfigError(f"`timeout` {self.timeout!r} is not a number of seconds >= 0")
+        # One deadline for all: the limit of a socket would start anew with each byte.
+        self.deadline = time.monotonic() + self.timeout
+        self.was_lost = False  # whether a connection was lost after a request had been sent
+        self.secrets = [self.token]
+        self.peer, self.proxy_name, self.proxy_login = self.url, "", ""
+        proxy = resolve_proxy(client.api_url, self.environ)
+        if proxy:
+            self.peer = urllib.parse.urlsplit(proxy)
+            self.proxy_name = f"the proxy {_redacted_url(proxy)}"
+            self.proxy_login = _basic_login(self.peer.netloc)
+            self.secrets += [self.proxy_login[6:], self.peer.password or ""]
+        self._attempt = _Attempt(self)
 
-    def document(self, shape: Any = dict) -> Any:
-        """Send the request, again where that is safe, and return the JSON of a 2xx answer."""
-        pauses = iter(_RETRY_PAUSES_SECONDS)
-        while True:
+    @property
+    def run_state(self) -> str:
+        """What the latest attempt knows of a run."""
+        return self._attempt.run_state
+
+    def fetch(self, shape: Any = dict) -> Any:
+        """Send the request, again where that is safe; return the document of a usable answer."""
+        for pause_seconds in _RETRY_PAUSES_SECONDS:
+            start = time.monotonic()
             try:
-                return self._usable(shape, *self._attempt())
+                return self._try_once(shape)
             except BusContainersError as error:
-                pause = next(pauses, float("inf"))
-                sent = self.run_state != "not_sent"
-                safe = error.retryable and not (sent and self._method == "POST")
-                if not safe or pause >= self._left():
+                end = time.monotonic() + pause_seconds
+                is_in_time = not self.timeout or end < self.deadline
+                if not self._may_retry(error, start) or not is_in_time:
                     raise
-                self.repeated = sent
-                self._note(_VERBOSE, f"{error}; trying again in {pause} s")
-            time.sleep(pause)
+                self.observer.explain(f"{error}; trying again in {pause_seconds} s")
+            _pause(pause_seconds, self.next_wait_seconds)
+        return self._try_once(shape)
 
-    def _left(self) -> float:
-        return self._end - time.monotonic()
+    def _try_once(self, shape: Any) -> Any:
+        # What is known of a try is that try's own.
+        self._attempt = _Attempt(self)
+        document = _usable_document(self, self._attempt.perform(), shape)
+        self._attempt.enter_state("finished")
+        return document
 
-    def _attempt(self) -> Any:
-        """Try once, in a thread: only so can a deadline or a signal end it in each of its steps."""
-        # Nothing interrupts name resolution, and a socket's timeout starts anew with each byte.
-        outcome: list[Any] = []
+    def _may_retry(self, error: BusContainersError, start: float) -> bool:
+        if self.run_state == "not_sent":
+            # An API behind a firewall that drops packets is not worth another ten seconds.
+            return error.retryable and time.monotonic() - start < _CONNECT_SECONDS
+        self.was_lost = self.was_lost or isinstance(error, TransportError)
+        if isinstance(error, ApiError) and error.status not in _GATEWAY_STATUSES:
+            return False
+        return error.retryable and self.method != "POST"  # there must be no second run
 
-        def work() -> None:
-            try:
-                outcome.append(self._converse())
-            except Exception as error:  # noqa: BLE001 - for the caller's thread
-                outcome.append(error)
+    def next_wait_seconds(self) -> float:
+        """Return how long the next wait may take, a tick at most. Every wait asks this first.
 
-        thread = threading.Thread(target=work, daemon=True)
+        Raises DeadlineError at the deadline, and whatever the observer raises.
+        """
+        self.observer.tick()
+        if not self.timeout:
+            return _TICK_SECONDS
+        left = self.deadline - time.monotonic()
+        if left > 0:
+            return min(left, _TICK_SECONDS)
+        text = f"no whole answer within {_rounded(self.timeout)}"
+        raise self.error(DeadlineError, text, "`timeout` sets the limit", retryable=True)
+
+    def error(
+        self, kind: type[BusContainersError], reason: str, advice: str = "", **options: bool
+    ) -> BusContainersError:
+        return kind(f"{self.where}: {reason}", advice, **options)
+
+    def quote(self, text: str) -> str:
+        """Return text from outside as a message can bear it, without a secret sent back in it."""
+        return _quoted(_redacted(text, self.secrets))
+
+
+def _pause(seconds: float, tick: Callable[[], object]) -> None:
+    """Sleep, in waits that are short enough for what a tick looks at."""
+    end = time.monotonic() + seconds
+    while seconds > 0:
+        tick()
+        time.sleep(min(seconds, _TICK_SECONDS))
+        seconds = end - time.monotonic()
+
+
+def _basic_login(netloc: str) -> str:
+    """Return Proxy-Authorization for the login before an @. Its escapes may stand for any byte."""
+    import base64
+    import urllib.parse
+    login, at, _ = netloc.rpartition("@")
+    if not at:
+        return ""
+    if ":" not in login:
+        login += ":"
+    return f"Basic {base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()}"
+
+
+def _redacted(text: str, secrets: Iterable[str]) -> str:
+    """Return a text without secrets, in the forms that a server or JSON may give them.
+
+    It imports nothing, as it has to work where a module is in the way of another.
+    """
+    for secret in secrets:
+        if len(secret) < 8:  # it is a part of any word
+            continue
+        escaped = secret.replace("\\", "\\\\").replace('"', '\\"')
+        quoted = ""
+        for character in secret:
+            is_plain = character.isalnum() or character in "-._~"
+            quoted += character if is_plain else f"%{ord(character):02X}"
+        for form in (secret, escaped, quoted):
+            text = text.replace(form, "[redacted]")
+    return text
+
+
+def _redacted_document(value: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(value, str):
+        return _redacted(value, secrets)
+    if isinstance(value, list):
+        return [_redacted_document(each, secrets) for each in value]
+    if isinstance(value, dict):
+        names = [_redacted(name, secrets) for name in value]
+        return dict(zip(names, _redacted_document(list(value.values()), secrets)))
+    return value
+
+
+# Without keep-alive a NAT forgets the idle connection of a run. TCP_KEEPALIVE is what macOS calls
+# TCP_KEEPIDLE. http.client would set TCP_NODELAY if it made the connection.
+_SOCKET_OPTIONS = [
+    ("IPPROTO_TCP", "TCP_NODELAY", 1), ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+    ("IPPROTO_TCP", "TCP_KEEPIDLE", 30), ("IPPROTO_TCP", "TCP_KEEPALIVE", 30),
+    ("IPPROTO_TCP", "TCP_KEEPINTVL", 15),
+]
+
+
+class _Attempt(io.RawIOBase):
+    """One connection, with what it knows of a run, in the form that http.client asks of a socket.
+
+    All but the look-up of a name happens in the caller's thread. So there is nobody who could
+    still send something after the caller has given up, by a deadline or by any number of signals.
+    """
+
+    def __init__(self, exchange: _Exchange) -> None:
+        self.exchange = exchange
+        self.sock: Any = None
+        self.has_answer = False  # whether a byte of an answer has arrived
+        self.tls_version = ""
+        self.enter_state("not_sent")
+
+    def enter_state(self, run_state: str) -> None:
+        self.run_state = run_state
+        self.exchange.observer.enter_state(run_state)
+
+    def perform(self) -> _Answer:
+        """Connect, send the request and return the answer. Raises BusContainersError."""
+        import http.client
         try:
-            thread.start()
-            while thread.is_alive() and self._left() > 0:
-                thread.join(min(self._left(), _TICK_SECONDS))
-                self._note(_TICK, "")
-        except RuntimeError as error:
-            outcome.append(OSError(str(error)))  # no thread is to be had
-        finally:
-            result = outcome.pop() if outcome else self._abandon()
-        if isinstance(result, Exception):
-            raise self._translated(result)
-        return result
-
-    def _abandon(self) -> TimeoutError:
-        """Make the thread end: from now on it sends nothing, and nothing arrives."""
-        with self._lock:
-            self._end = float("-inf")
-            try:  # not the shutdown of an SSLSocket, which another thread must not call
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # type: ignore[arg-type]
-            except (OSError, TypeError):
-                pass  # closed, or not there yet
-        return TimeoutError()
-
-    def _hold(self, sock: socket.socket, run_state: str) -> None:
-        """Note a socket, and what may have been sent on it from now on, unless it is too late."""
-        with self._lock:
-            if self._left() <= 0:
-                raise OSError("too late")
-            self._sock, self.run_state = sock, run_state
-
-    def _dial(self, place: tuple[str, int], *_: object) -> socket.socket:
-        """Connect to the first address that answers, each given its share of the time left."""
-        # The name as bytes: as a str it costs the import of the tables of IDNA.
-        addresses = socket.getaddrinfo(place[0].encode(), place[1], type=socket.SOCK_STREAM)
-        while True:
-            share = self._left() / len(addresses)  # among those that are yet to be tried
-            family, kind, protocol, _name, address = addresses.pop(0)
-            sock = None
             try:
-                sock = socket.socket(family, kind, protocol)
-                sock.settimeout(min(max(share, 0.001), _ENDLESS_SECONDS))
-                sock.connect(address)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, seconds in _KEEPALIVE_SECONDS.items():
-                    if hasattr(socket, name):
-                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
-                sock.settimeout(min(max(self._left(), 0.001), _ENDLESS_SECONDS))
-                self._hold(sock, self.run_state)
-                return sock
-            except OSError:
-                if sock:
-                    sock.close()
-                if not addresses:
-                    raise
+                self._connect()
+                return self._converse()
+            except (OSError, http.client.HTTPException, MemoryError) as error:
+                failure = error
+            # Outside the handler, so that no foreign exception hangs behind the error.
+            raise _error_of_failure(self, failure)
+        finally:
+            if self.sock is not None:
+                self.sock.close()
 
-    def _request(self) -> urllib_request.Request:
+    def _connect(self) -> None:
+        import socket
+        exchange = self.exchange
+        port = exchange.peer.port or _DEFAULT_PORTS[exchange.peer.scheme]
+        addresses = self._look_up(exchange.peer.hostname or "", port)
+        self.sock = self._connect_to_first(addresses)
+        for level, name, value in _SOCKET_OPTIONS:
+            try:
+                self.sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
+            except (AttributeError, OSError):
+                pass  # some systems do not have it or refuse it, and the connection is good without
+        if exchange.url.scheme == "https":
+            if exchange.proxy_name:
+                self._open_tunnel()
+            self._start_tls()
+
+    # Nothing can interrupt a look-up, so it gets a thread that may be left behind. Where no thread
+    # can be had (at the interpreter's end, in a subinterpreter, under a limit), it takes its time.
+    def _look_up(self, host: str, port: int) -> list[Any]:
+        import socket
+        import threading
+        found: list[Any] = []
+        failures: list[Exception] = []
+
+        def look_up() -> None:
+            try:
+                # As a str the name would cost the import of the tables of IDNA.
+                found.extend(socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
+            except Exception as error:  # noqa: BLE001 - the caller's thread raises it
+                failures.append(error)
+
+        try:
+            if sys.is_finalizing():  # before Python 3.12 Thread.start would wait for ever
+                raise RuntimeError
+            thread = threading.Thread(target=look_up, daemon=True)
+            thread.start()
+        except RuntimeError:
+            look_up()
+        while not found and not failures:
+            thread.join(self.exchange.next_wait_seconds())
+        if failures:
+            raise failures[0]
+        return found
+
+    def _connect_to_first(self, addresses: list[Any]) -> Any:
+        """Connect to each address a moment after the one before; the first that answers wins.
+
+        So a dead address costs a quarter of a second, not the time that is left (RFC 8305).
+        """
+        import selectors
+        import socket
+        connecting: list[Any] = []
+        end = time.monotonic() + _CONNECT_SECONDS
+        next_start = 0.0
+        failure = OSError("the name has no address")
+        selector = selectors.DefaultSelector()
+        try:
+            while addresses or connecting:
+                now = time.monotonic()
+                if now > end:
+                    raise TimeoutError(f"no answer within {_rounded(_CONNECT_SECONDS)}")
+                if addresses and (now > next_start or not connecting):
+                    next_start = now + _NEXT_ADDRESS_SECONDS
+                    try:
+                        connecting.append(_start_connecting(*addresses.pop(0)))
+                        selector.register(connecting[-1], selectors.EVENT_WRITE)
+                    except OSError as error:  # the kernel may lack the address's family
+                        failure = error
+                    continue
+                for key, _ in selector.select(self.exchange.next_wait_seconds()):
+                    sock: Any = key.fileobj
+                    selector.unregister(sock)
+                    connecting.remove(sock)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if code == 0:
+                        return sock
+                    failure = OSError(code, os.strerror(code))
+                    sock.close()
+            raise failure
+        finally:
+            selector.close()
+            for sock in connecting:
+                sock.close()
+
+    def _open_tunnel(self) -> None:
+        """Have the proxy connect us to the API; from then on all bytes are the API's."""
+        import http.client
+        exchange = self.exchange
+        host = exchange.url.netloc
+        if not exchange.url.port:
+            host += ":443"
+        head = f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n"
+        if exchange.proxy_login:
+            head += f"Proxy-Authorization: {exchange.proxy_login}\r\n"
+        self.sendall(f"{head}\r\n".encode())
+        response = http.client.HTTPResponse(self, method="CONNECT")  # type: ignore[arg-type]
+        response.begin()
+        status = response.status
+        if not 200 <= status < 300:
+            text = f"{exchange.proxy_name} refused with HTTP {status} {response.reason}"
+            advice = _proxy_login_advice(exchange, status)
+            retryable = _is_retryable(status)
+            raise exchange.error(TransportError, exchange.quote(text), advice, retryable=retryable)
+        self.has_answer = False  # that was the proxy's
+
+    # ssl.create_default_context is strict about X.509 from Python 3.13 on, and it fails where
+    # SSLKEYLOGFILE cannot be opened. Here the rules are the same on every Python.
+    def _start_tls(self) -> None:
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # X509_V_FLAG_PARTIAL_CHAIN, as in curl and Python 3.13; it has a name since 3.10.
+        context.verify_flags |= ssl.VerifyFlags(0x80000)
+        context.set_alpn_protocols(["http/1.1"])
+        if sys.platform == "win32":
+            context.load_default_certs()
+        try:
+            keylog = self.exchange.environ.get("SSLKEYLOGFILE")
+            if keylog:
+                context.keylog_filename = keylog
+        except OSError:
+            pass  # curl, too, goes on without
+        # An empty variable counts as unset; to OpenSSL it would be the name of a file.
+        environ, paths = self.exchange.environ, ssl.get_default_verify_paths()
+        cafile = environ.get("SSL_CERT_FILE") or paths.openssl_cafile
+        capath = environ.get("SSL_CERT_DIR") or paths.openssl_capath
+        for places in ((cafile, None), (None, capath)):
+            try:
+                context.load_verify_locations(*places)
+            except OSError:
+                pass  # where that matters, the server's certificate is refused, and that explained
+        # A name may end with a dot, but no certificate does.
+        host = (self.exchange.url.hostname or "").rstrip(".")
+        self.sock = context.wrap_socket(
+            self.sock, server_hostname=host, do_handshake_on_connect=False
+        )
+        self._wait_for(self.sock.do_handshake)
+        self.tls_version = self.sock.version() or ""  # which the socket forgets when it fails
+
+    def _request(self) -> urllib.request.Request:
+        import urllib.request
+        exchange = self.exchange
         headers = {"Accept": "application/json", "User-Agent": f"{_PROGRAM}/{__version__}"}
-        headers["Authorization"] = f"Bearer {self._client._token}"
-        headers.update({"Content-Type": "application/json"} if self._body else {})
-        request = urllib_request.Request(self._url, self._body, headers, method=self._method)
-        request.timeout = None  # an opener would set it; here the deadline is the limit
-        if self._proxy:
-            user, at, place = self._proxy.partition("://")[2].rpartition("@")
-            proxy = urllib_parse.urlsplit(f"//{place}")
-            request.set_proxy(place if proxy.port else f"{proxy.netloc}:80", request.type)
-            if at:
-                login = urllib_parse.unquote(user if ":" in user else f"{user}:").encode()
-                basic = f"Basic {base64.b64encode(login).decode()}"
-                request.add_header("Proxy-Authorization", basic)
+        headers["Authorization"] = f"Bearer {exchange.token}"
+        if exchange.body is not None:
+            headers["Content-Type"] = "application/json"
+        is_proxied = exchange.proxy_name and exchange.url.scheme == "http"
+        if is_proxied and exchange.proxy_login:
+            headers["Proxy-Authorization"] = exchange.proxy_login
+        url = exchange.url.geturl()
+        request = urllib.request.Request(url, exchange.body, headers, method=exchange.method)
+        request.timeout = None  # an opener sets it; here the exchange's deadline is the limit
+        if is_proxied:
+            request.set_proxy(exchange.peer.netloc.rpartition("@")[2], "http")
         return request
 
-    def _converse(self) -> tuple[http_client.HTTPResponse, bytearray]:
-        start, exchange = time.monotonic(), self
-        base: Any = http_client.HTTPConnection
-        tls: Any = {}
-        if self._url.startswith("https:"):
-            context = ssl.create_default_context()  # of SSL_CERT_FILE, SSL_CERT_DIR, the system's
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            context.set_alpn_protocols(["http/1.1"])
-            base, tls = http_client.HTTPSConnection, {"context": context}
+    def _converse(self) -> _Answer:
+        """Send the request over the open connection, and read the answer."""
+        import http.client
+        import urllib.request
+        exchange = self.exchange
 
-        class Connection(base):  # type: ignore[misc]
-            def connect(self) -> None:
-                self._create_connection = exchange._dial
-                super().connect()  # with the tunnel of a proxy, and TLS
-                exchange._hold(self.sock, "unknown")
+        def reuse_connection(_host: str, **_: object) -> http.client.HTTPConnection:
+            port = _DEFAULT_PORTS[exchange.url.scheme]  # which the header Host leaves out
+            connection = http.client.HTTPConnection(
+                exchange.url.hostname or "", exchange.url.port or port
+            )
+            connection.default_port = port
+            connection.sock = self
+            return connection
 
-            def send(self, data: bytes) -> None:
-                # An IPv6 address, which Python 3.12 and older send without its brackets.
-                data = re.sub(rb"\A(CONNECT )([^ .\[]*:[^ \[]*)(:[0-9]+ )", rb"\1[\2]\3", data)
-                if data.endswith(b"\r\n\r\n"):
-                    exchange._trace(">", data.decode("latin-1").splitlines()[:-1])
-                try:
-                    super().send(data)
-                except ConnectionError:  # the answer, a 413 say, may be there all the same
-                    if exchange.run_state == "not_sent":
-                        raise
-
-        # The handler alone, without an opener: it follows no redirect and knows no other scheme.
-        response: http_client.HTTPResponse
-        response = urllib_request.HTTPHandler().do_open(Connection, self._request(), **tls)
-        with response:
-            while 102 <= response.status < 200:  # http.client skips no interim answer but 100
+        start = time.monotonic()
+        self.enter_state("unknown")  # from now on a byte of the request may have left
+        # The handler alone, without an opener, follows no redirect and knows no other scheme. With
+        # a host program's debug level it would print the token.
+        handler = urllib.request.HTTPHandler(debuglevel=0)
+        with handler.do_open(reuse_connection, self._request()) as response:
+            while 102 <= response.status < 200:  # of the interim answers http.client skips only 100
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
-            headers = [f"{name}: {value}" for name, value in response.getheaders()]
-            self._trace("<", [f"{response.status} {response.reason}", *headers])
+            headers = response.getheaders()
+            lines = [f"{response.status} {response.reason}"]
+            lines += [f"{name}: {value}" for name, value in headers]
+            exchange.observer.show_headers("<", [exchange.quote(line) for line in lines])
             if 300 <= response.status < 500:
-                self.run_state = "refused"
-            body = self._read(response)
-        took = f"{response.status}, {len(body):,} bytes, {time.monotonic() - start:.3f} s"
-        self._note(_VERBOSE, f"{self._where}: {took}")
-        return response, body
+                self.enter_state("refused")
+            body = self._read_body(response)
+        took = f"{len(body):,} bytes, {time.monotonic() - start:.3f} s"
+        exchange.observer.explain(f"{exchange.where}: {response.status}, {took}")
+        return _Answer(response.status, response.reason, headers, body)
 
-    def _read(self, response: http_client.HTTPResponse) -> bytearray:
-        """Read the body whole; http.client is silent about a short one, or about a bad length."""
-        lengths = set(response.headers.get_all("Content-Length", []))
-        encoding = response.headers.get("Content-Encoding") or "identity"
+    # http.client is silent about a body that is cut, and about a length that is not a number.
+    def _read_body(self, response: Any) -> bytearray:
+        import http.client
+        import re
         body = bytearray()
         try:
-            if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", n.strip()) for n in lengths):
-                raise self._error(ProtocolError, "the answer has a bad Content-Length")
-            if encoding.strip().lower() != "identity":
-                raise self._error(ProtocolError, f"unknown Content-Encoding {self._said(encoding)}")
+            lengths = set(response.headers.get_all("Content-Length", []))
+            if len(lengths) > 1 or not re.fullmatch("[0-9]{0,18}", "".join(lengths).strip()):
+                raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
+            encoding = response.headers.get("Content-Encoding", "identity").strip()
+            if encoding.lower() not in ("", "identity"):
+                text = f"unknown Content-Encoding {self.exchange.quote(encoding)}"
+                raise self.exchange.error(ProtocolError, text)
             while piece := response.read(_IO_BYTES):
                 body += piece
                 if len(body) > _MAX_BODY_BYTES:
-                    raise self._error(ProtocolError, "the answer has no end")
-            # Where the connection's end is that of the body, it may be the headers that were cut.
-            if response.length or not (body or response.length == 0):
-                raise http_client.IncompleteRead(b"", response.length)
-        except (OSError, http_client.HTTPException, ProtocolError):
+                    raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
+            # Without a length the connection's end is the body's end. Where there is no body
+            # either, it may be the headers that were cut.
+            if response.length or (response.length is None and not body):
+                raise http.client.IncompleteRead(b"", response.length)
+        except (OSError, http.client.HTTPException, ProtocolError):
             if response.status < 300:
                 raise  # an error's status says enough, and whether there is a run
         return body
 
-    def _usable(self, shape: Any, response: http_client.HTTPResponse, body: bytearray) -> Any:
-        """Return the document of a 2xx answer, or raise the error of another."""
-        status, document, problem, text = response.status, None, "", "not read"
+    def _wait_for(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """Repeat an operation of the socket until it ends, in waits of a tick each."""
+        import socket
+        while True:
+            self.sock.settimeout(self.exchange.next_wait_seconds())
+            try:
+                return operation(*arguments)
+            except socket.timeout as error:
+                if error.errno is not None:  # the kernel's ETIMEDOUT: the connection is lost
+                    raise
+
+    # What http.client asks of a socket.
+
+    def sendall(self, data: bytes) -> None:
+        if data.endswith(b"\r\n\r\n"):
+            lines = data.decode("latin-1").splitlines()
+            self.exchange.observer.show_headers(">", lines[:-1])
+        # Not the socket's sendall, which does not tell how much had left when a wait ended.
+        left = memoryview(data)
         try:
-            text = body.decode(errors="replace")
-            if "\ufffd" in text and text.encode() != body:
-                self._note(_WARNING, "the answer is not all UTF-8; what is not became U+FFFD")
-            body.clear()  # it may be large, and the text is as large again
-            document = _parsed_json(text[1:] if text.startswith("\ufeff") else text)
-        except (ValueError, RecursionError, MemoryError) as error:
-            problem = f"no usable JSON: {self._said(_reason(error))}"
-            if text.lstrip().startswith("<"):
-                problem = "an HTML page: a captive portal, or not the API's URL?"
-        if not 200 <= status < 300:
-            raise self._api_error(response, document)
-        if status == 204 and self._method == "DELETE":
-            document, problem = {}, ""
-        elif problem and not text.strip():
-            problem = "an empty answer"
-        elif not problem and not isinstance(document, shape):
-            problem = f"a document of an unexpected type, {type(document).__name__}"
-        if problem:
-            raise self._error(ProtocolError, f"HTTP {status}, but with {problem}")
-        self.run_state = "finished"
-        return document
+            while left:
+                left = left[self._wait_for(self.sock.send, left) :]
+        except ConnectionError:
+            pass  # an answer, such as a 413, may have come all the same
 
-    def _api_error(self, response: http_client.HTTPResponse, document: Any) -> ApiError:
-        status = response.status
-        error = ApiError("", status, self._redacted(document))
-        parts = [f"HTTP {status} {error.type or response.reason}"]
-        parts[0] += f": {error.message.strip()}" if error.message else ""
-        if 300 <= status < 400:
-            target = response.headers.get("Location", "nowhere")
-            parts.append(f"redirected to {target}, not followed; check --api-url")
-        if self._via and self._url.startswith("http:") and not error.type:
-            advice = f"; give it a login, {_PROXY_URL}" if status == 407 else ", or by the API"
-            parts.append(f"by {self._via}{advice}")
-        parts += _billing_facts(error.document)
-        parts += [f"{w}: {s}" for w, s in (("action", error.action), ("run", error.command)) if s]
-        if status == 401:
-            facts = _token_facts(self._client._token, _SCOPES[self._method], time.time())
-            parts += [*(f"the token {fact}" for fact in facts), _NEW_TOKEN]
-        error.args = (f"{self._where}: {'; '.join(map(self._said, parts))}",)
-        return error
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
 
-    def _translated(self, failure: Exception) -> BusContainersError:
-        """Make one of our errors of what urllib, http.client or the socket raised."""
-        if isinstance(failure, BusContainersError):
-            return failure
-        if self._left() <= 0:
-            text = f"no whole answer within {_about(self._limit)}; --timeout sets the limit"
-            return self._error(DeadlineError, text, True)
-        error = failure.reason if isinstance(failure, urllib_error.URLError) else failure
-        reason, sent = self._said(_reason(error)), self.run_state != "not_sent"
-        kind: _Kind = TransportError
-        retryable = False
-        if isinstance(error, ssl.SSLCertVerificationError):
-            reason = f"{self._said(error.verify_message)}; {_certificate_advice()}"
-            text = f"TLS: the certificate is refused: {reason}"
-        elif isinstance(error, ssl.SSLError) and (not sent or "ALERT_CERT" in reason):
-            self.run_state = "not_sent"  # TLS 1.3 asks for ours when the request is on its way
-            advice = "the server wants a certificate of ours" if sent else "is this port for https?"
-            text = f"TLS: {reason}: {advice}"
-        elif not sent and reason.startswith("Tunnel connection failed: "):  # http.client's words
-            text = f"{self._via} refused with HTTP {reason.partition(': ')[2]}"
-            text += f"; give it a login, {_PROXY_URL}" if " 407 " in text else ""
-        elif isinstance(error, OSError) and not sent:
-            peer, advice = "the API", "check --api-url; `status --wait 60s` waits for a platform"
-            if self._via:
-                peer, advice = self._via, "check HTTPS_PROXY and HTTP_PROXY"
-            verb = "resolve the name of" if isinstance(error, socket.gaierror) else "connect to"
-            text, retryable = f"cannot {verb} {peer}: {reason}; {advice}", True
-        elif isinstance(error, (OSError, http_client.IncompleteRead)):
-            reason = reason if isinstance(error, OSError) else "the answer was cut short"
-            text, retryable = f"the connection was lost: {reason}", True
-        else:
-            whose = f" of {self._via}" if self._via and not sent else ""
-            kind, text = ProtocolError, f"the answer{whose} is not valid HTTP: {reason}"
-        return self._error(kind, text, retryable)
+    def readable(self) -> bool:
+        return True
 
-    def _error(self, kind: _Kind, text: str, retryable: bool = False) -> BusContainersError:
-        return kind(f"{self._where}: {text}", retryable)
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._wait_for(self.sock.recv_into, buffer)
+        self.has_answer = self.has_answer or count > 0
+        return count
 
-    def _said(self, text: str) -> str:
-        return _quoted(self._redacted(text))
+    def close(self) -> None:
+        """Do nothing: http.client closes its socket while it still reads from it."""
 
-    def _redacted(self, value: Any) -> Any:
-        """A text or a document without the token, should a server have sent it back."""
-        if isinstance(value, dict):
-            return {self._redacted(name): self._redacted(each) for name, each in value.items()}
-        if isinstance(value, list):
-            return [self._redacted(each) for each in value]
-        token = self._client._token
-        if isinstance(value, str) and len(token) >= 8:  # less is no secret, and a part of any word
-            for form in (token, json.dumps(token)[1:-1], urllib_parse.quote(token, safe="")):
-                value = value.replace(form, "[redacted]")
+
+def _start_connecting(family: int, kind: int, protocol: int, _name: str, address: Any) -> Any:
+    import socket
+    sock = socket.socket(family, kind, protocol)
+    sock.setblocking(False)
+    try:
+        sock.connect(address)
+    except BlockingIOError:
+        pass  # it is on its way
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+# ---- Answers: an answer to a document, a failure to an error -----------------------------------
+
+
+def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
+    """Return the document of an answer that can be used, or raise what is wrong with it."""
+    document, problem = _parse_body(exchange, answer.body)
+    if not 200 <= answer.status < 300:
+        raise _error_of_status(exchange, answer, document)
+    if answer.status == 204 and exchange.method == "DELETE":
+        return {}
+    if answer.status not in (200, 201, 202, 204):
+        problem = "that is not the status of a whole answer"
+    elif not problem and not isinstance(document, shape):
+        problem = f"the answer is of an unexpected type, {type(document).__name__}"
+    elif not problem and isinstance(document, dict) and document.get("error"):
+        error = _error_object(document)
+        said = _text(error, "message") or _text(error, "type") or "it does not say which"
+        problem = f"the answer is an error: {exchange.quote(said)}"
+    if problem:
+        raise exchange.error(ProtocolError, f"HTTP {answer.status}, but {problem}")
+    return document
+
+
+def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
+    """Return the document of an answer, or None and what is wrong with it. Empties the body."""
+    text = ""
+    try:
+        text = body.decode(errors="replace")
+        # A U+FFFD may also be what the server sent.
+        if "\ufffd" in text and text.encode() != body:
+            exchange.observer.warn("the answer is not all UTF-8: what is not became U+FFFD")
+        body.clear()  # it may be large, and the text is as large again
+        return _parse_json(text[1:] if text.startswith("\ufeff") else text), ""
+    except MemoryError:
+        return None, "the answer is too large for this machine's memory"
+    except (ValueError, RecursionError) as error:
+        problem = f"the answer is not usable JSON: {exchange.quote(_reason_of(error))}"
+    if not text.strip():
+        problem = "the answer is empty"
+    elif text.lstrip().startswith("<"):
+        problem = "the answer is an HTML page: a captive portal, or not the API's URL?"
+    return None, problem
+
+
+def _parse_json(text: str) -> Any:
+    """Parse JSON proper: no NaN, no number too large, nothing deeper than can be written again."""
+    import json
+
+    def parse_float(digits: str) -> float:
+        value = float(digits)
+        if value - value != 0:  # it is infinite or not a number
+            raise ValueError(f"{digits[:20]} is not a number in JSON")
         return value
 
-    def _trace(self, mark: str, head: Iterable[str]) -> None:
-        for line in map(self._redacted, head):
-            name = line.partition(":")[0]
-            hidden = name.lower().endswith("authorization")
-            self._note(_TRACE, f"{mark} {f'{name}: [redacted]' if hidden else line}")
+    def parse_int(digits: str) -> int:
+        if len(digits) > _MAX_JSON_DIGITS:
+            raise ValueError(f"it has a number of {len(digits):,} digits")
+        return int(digits)
 
-
-def _certificate_advice() -> str:
-    paths = ssl.get_default_verify_paths()
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if os.environ.get(name) and not os.path.exists(os.environ[name]):
-            return f"{name} names {os.environ[name]}, which does not exist"
-    if not paths.cafile and not any(names for _, _, names in os.walk(paths.capath or "")):
-        return "no CA certificates here: install the package ca-certificates, or set SSL_CERT_FILE"
-    return "check --api-url and the clock, or set SSL_CERT_FILE to a PEM file with the server's CA"
-
-
-def _parsed_json(text: str) -> Any:
-    """Parse JSON proper: no NaN, no number too large, nothing deeper than can be written again."""
-
-    def number(text: str) -> float:
-        if abs(value := float(text)) < float("inf"):
-            return value
-        raise ValueError(f"{text[:20]} is no number of JSON's")
-
-    document = json.loads(text, parse_constant=number, parse_float=number)
-    level: Any = [document] if isinstance(document, (dict, list)) else []
-    for _ in range(_MAX_DEPTH):
-        parts = [node.values() if isinstance(node, dict) else node for node in level]
-        level = [value for part in parts for value in part if isinstance(value, (dict, list))]
-        if not level:
+    document = json.loads(
+        text, parse_float=parse_float, parse_constant=parse_float, parse_int=parse_int
+    )
+    # Level by level, as Python limits recursion.
+    level = [[document]]
+    for _ in range(_MAX_JSON_DEPTH + 1):
+        deeper: list[Any] = []
+        for node in level:
+            children = node
+            if isinstance(node, dict):
+                children = node.values()
+            deeper.extend(child for child in children if isinstance(child, (dict, list)))
+        if not deeper:
             return document
-    raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+        level = deeper
+    raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} deep")
 
 
-def _billing_facts(document: Any) -> list[str]:
-    """The quota and the plan of a denial, as a person says them."""
-    error = _field(document, "error", dict)
+def _error_object(document: Any) -> Any:
+    """Return the object in which a document tells of an error."""
+    if not isinstance(document, dict):
+        return None
+    error = document.get("error", document)
+    if isinstance(error, str):
+        error = {"message": error}
+    return error
+
+
+def _field(fields: Any, name: str, kind: Any) -> Any:
+    """Return a field of an object, or None where it is missing or of another type."""
+    value = fields.get(name) if isinstance(fields, dict) else None
+    if isinstance(value, bool) or not isinstance(value, kind):  # a bool is an int, too
+        return None
+    return value
+
+
+def _text(fields: Any, name: str) -> str | None:
+    """Return a text of an object, or None where it is missing, blank or of another type."""
+    value: str | None = _field(fields, name, str)
+    if value is None or not value.strip():
+        return None
+    return value
+
+
+def _is_retryable(status: int) -> bool:
+    """Return whether the same request may succeed later; after a 501 or 505 it will not."""
+    is_gateway = 500 <= status < 600 and status not in (501, 505)
+    return is_gateway or status in (408, 425, 429)
+
+
+def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> ApiError:
+    """Return the error of an answer with an HTTP status other than 2xx."""
+    document = _redacted_document(document, exchange.secrets)
+    error = ApiError("", answer.status, document)
+    said = exchange.quote(error.type or answer.reason)
+    error.reason = f"{exchange.where}: HTTP {answer.status} {said}"
+    if error.message:
+        error.reason += f": {exchange.quote(error.message.strip())}"
+    advice = list(_advice_of_headers(exchange, answer, error))
+    advice.extend(_billing_facts(exchange, document))
+    if error.action:
+        advice.append(f"action: {exchange.quote(error.action)}")
+    if error.command:
+        advice.append(f"run: {exchange.quote(error.command)}")
+    # The server does not say which of its reasons it has, but the token's claims may.
+    wants_scope = answer.status == 403 and "scope" in error.reason.lower()
+    if answer.status == 401 or wants_scope:
+        facts = _token_facts(exchange.token, _SCOPES[exchange.method])
+        advice += [*(f"the token {fact}" for fact in facts), _NEW_TOKEN]
+    error.advice = "; ".join(advice)
+    return error
+
+
+def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) -> Iterator[str]:
+    status = answer.status
+    if 300 <= status < 400:
+        target = exchange.quote(answer.headers.get("location", "nowhere"))
+        yield f"redirected to {target}, not followed; check `api_url`"
+    if status == 404 and f"/api/v1{_API_PATH}" in exchange.where:
+        yield "`api_url` ends in a part of the API's path: give its origin alone"
+    # An error without a type of the API's may be the proxy's own.
+    if exchange.proxy_name and exchange.url.scheme == "http" and not error.type:
+        said = _proxy_login_advice(exchange, status) or "it may be the API's word, too"
+        yield f"by {exchange.proxy_name}; {said}"
+    retry_after = answer.headers.get("retry-after", "")
+    if retry_after:
+        yield f"Retry-After: {exchange.quote(retry_after)}"
+    if retry_after.isascii() and retry_after.isdigit():
+        error.retry_after_seconds = int(retry_after[:9])
+
+
+def _proxy_login_advice(exchange: _Exchange, status: int) -> str:
+    if status != 407:
+        return ""
+    if exchange.proxy_login:
+        return "it refused the login in its URL"
+    return f"give it a login, {_PROXY_URL}"
+
+
+def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
+    """Give the quota and the plan of a denial, as a person says them."""
+    error = _error_object(document)
     usage = _field(error, "usage", dict)
-    used, limit = (_field(usage, name, (int, float)) for name in ("used", "limit"))
-    facts = []
+    used = _field(usage, "used", (int, float))
+    limit = _field(usage, "limit", (int, float))
     if used is not None and limit is not None:
-        meter = _field(usage, "meter_event_name") or _field(usage, "feature") or "quota"
-        what, _, unit = meter.replace("bus_", "", 1).replace("_", " ").rpartition(" ")
-        amount = f"{used:,} of {limit:,} {'s ' if unit == 'seconds' else ''}of"
-        what = (what or "quota") if unit == "seconds" else f"{what} {unit}".strip()
-        window = _field(usage, "window") or "period"
+        meter = _text(usage, "meter_event_name") or _text(usage, "feature") or "quota"
+        what = meter.replace("bus_", "", 1).replace("_", " ")
+        window = _text(usage, "window") or "period"
         when = {"day": "today", "total": "in total"}.get(window, f"this {window}")
-        facts.append(f"{amount} {what} used {when}")
-    plan = _field(error, "recommended_plan") or _field(usage, "upgrade_plan_id")
-    return [*facts, f"recommended plan: {plan}"] if plan else facts
-
-# ---- Client ---------------------------------------------------------------------------------
-
-class Client:
-    """The four calls of the container-run API, for the account in a bearer token.
-
-    `timeout` is the limit in seconds of a whole exchange, 0 for none. A Client may be used from
-    many threads. Each method returns the API's document and raises BusContainersError.
-    """
-
-    def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
-        self.api_url = resolve_api_url(api_url, {})[0]
-        self.timeout = timeout
-        self._token = _checked_token(token, "the argument")
-        self._environ: Mapping[str, str] = os.environ  # for the proxy, at each request
-        self._notify: Callable[[int, str], None] = lambda _level, _text: None
-
-    def __repr__(self) -> str:
-        return f"Client({self.api_url!r})"
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Client:
-        """Return a client with the URL, token and proxy that the command line would resolve."""
-        client = cls(resolve_api_url(None, environ)[0], resolve_token(None, environ)[0])
-        client._environ = environ
-        return client
-
-    def status(self) -> Document:
-        """Return `{"items": [{"id", "state", ...}]}`, or `{"status": {"state", ...}}`."""
-        return dict(_Exchange(self, "GET", "/status").document())
-
-    def run(
-        self, command: Sequence[str], *, profile: str | None = None, image: str | None = None,
-        timeout_seconds: int | None = None, timeout: float | None = None,
-    ) -> Document:
-        """Run a command in a fresh container; return `run_id`, `exit_code`, `stdout` and more.
-
-        Without `profile` and `image` the profile is `codex`. `timeout_seconds` limits the run,
-        `timeout` the exchange, by default 30 s more than that, or 30 minutes. An error, and a
-        KeyboardInterrupt, tell by `run_state` whether the run may be going on.
-        """
-        body, limit = _run_request(command, profile, image, timeout_seconds)
-        limit = limit if timeout is None else timeout
-        exchange = _Exchange(self, "POST", "/runs", json.dumps(body).encode(), limit)
-        try:
-            return dict(exchange.document())
-        except (BusContainersError, KeyboardInterrupt) as error:
-            error.run_state = exchange.run_state  # type: ignore[union-attr]
-            if exchange.run_state == "unknown":
-                error.retryable = False  # type: ignore[union-attr]
-            raise
-
-    def runs(self) -> Document:
-        """Return `{"items": [...]}`, the account's runs; from `/status` where there is no list."""
-        try:
-            document = _Exchange(self, "GET", "/runs").document((dict, list))
-        except ApiError as error:
-            if error.status not in (404, 405):
-                raise
-            document = _Exchange(self, "GET", "/status").document()
-        document = {"items": document} if isinstance(document, list) else document
-        if "items" not in document and "runs" in document:
-            document = {"items": document.pop("runs"), **document}
-        if not isinstance(document.get("items", ""), (list, type(None))):
-            raise ProtocolError(f"GET {self.api_url}{_API_PATH}/runs: the answer lists no runs")
-        return {**document, "items": document["items"] or []}  # a nil slice of Go's is null
-
-    def delete(self, run_id: str) -> Document:
-        """Delete a run, stopping it first; return `{"deleted": true, "run_id", ...}`."""
-        exchange = _Exchange(self, "DELETE", f"/runs/{_path_segment(run_id)}")
-        try:
-            document = exchange.document()
-        except ApiError as error:
-            if error.status != 404 or not exchange.repeated:
-                raise
-            document = {}  # an earlier try did it, but its answer was lost
-        if document.get("deleted", True) is not True:
-            raise exchange._error(ProtocolError, "HTTP 200, but the run is not deleted")
-        return document or {"deleted": True, "run_id": run_id}
+        yield exchange.quote(f"{used:,} of {limit:,} {what} used {when}")
+    plan = _text(error, "recommended_plan") or _text(usage, "upgrade_plan_id")
+    if plan:
+        yield f"recommended plan: {exchange.quote(plan)}"
 
 
-def _run_request(
-    command: Sequence[str], profile: str | None, image: str | None, timeout_seconds: int | None
-) -> tuple[Document, float]:
-    """The body of a run's request, and the limit of its exchange in seconds."""
-    words = [] if isinstance(command, (str, bytes)) else list(command)
-    if not words or not all(isinstance(each, str) for each in (profile or "", image or "", *words)):
-        raise _UsageError("run needs a COMMAND, a list of words")
-    if profile is not None and image is not None:
-        raise _UsageError("--profile and --image exclude each other")
-    body: Document = {"image": image, "command": words}
-    if image is None:
-        body = {"profile": _DEFAULT_PROFILE if profile is None else profile, "args": words}
-    if timeout_seconds is not None:
-        if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
-            raise _UsageError(f"--timeout-seconds {timeout_seconds!r} is no whole number >= 0")
-        body["timeout_seconds"] = timeout_seconds
-    return body, timeout_seconds + _RUN_MARGIN_SECONDS if timeout_seconds else _RUN_TIMEOUT_SECONDS
+# It imports nothing that an attempt over plain http has not, as there may be no `_ssl`, or no
+# memory for it.
+def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
+    """Return the error of what urllib, http.client, ssl or a socket raised during an attempt."""
+    import http.client
+    import urllib.error
+    exchange = attempt.exchange
+    if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, OSError):
+        failure = failure.reason  # urllib wraps what fails while it sends
+    reason = exchange.quote(_reason_of(failure))
+    if isinstance(failure, MemoryError):
+        text = "the answer is too large for this machine's memory"
+        return exchange.error(ProtocolError, text)
+    if exchange.url.scheme == "https":
+        error = _error_of_tls(attempt, failure, reason)
+        if error is not None:
+            return error
+    if isinstance(failure, OSError) and attempt.run_state == "not_sent":
+        return _error_of_connecting(exchange, failure, reason)
+    is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
+    advice = _port_question(attempt, is_lost)
+    if is_lost:
+        if not isinstance(failure, OSError):
+            reason = "the answer was cut short"
+        text = f"the connection was lost: {reason}"
+        return exchange.error(TransportError, text, advice, retryable=True)
+    if reason.lstrip().startswith("<"):
+        reason = "it starts with a page of HTML"
+    text = f"the answer is not valid HTTP: {reason}"
+    if attempt.run_state == "not_sent":
+        text = f"the answer of {exchange.proxy_name} is not valid HTTP: {reason}"
+    return exchange.error(ProtocolError, text, advice)
 
 
-def _path_segment(run_id: str) -> str:
-    """A run's id as one segment of a path, so that it can name no other endpoint."""
-    if not isinstance(run_id, str) or run_id in ("", ".", "..") or _visible(run_id) != run_id:
-        raise _UsageError(f"{run_id!r} is no RUN_ID: `{_PROGRAM} runs` lists them")
-    return urllib_parse.quote(run_id, safe="", errors="surrogatepass")
+def _port_question(attempt: _Attempt, is_lost: bool) -> str:
+    exchange = attempt.exchange
+    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
+    if not is_plain or (is_lost and attempt.has_answer):  # the start of an answer was plain HTTP
+        return ""
+    return "is this port for https?"
 
-# ---- Formatters: a document in, pieces of text out --------------------------------------------
 
-_COLUMNS = {
-    "status": ("id", "state", "owner", "details"),
-    "runs": ("run_id", "state", "exit_code", "duration_ms", "image"),
-    "run": ("run_id", "exit_code", "duration_ms", "image", "runner_name", "stdout", "stderr"),
-    "delete": ("run_id", "deleted"),
-}
+def _error_of_connecting(
+    exchange: _Exchange, failure: OSError, reason: str
+) -> BusContainersError:
+    import socket
+    peer = "the API"
+    advice = f"check `api_url`; `{_PROGRAM} status --wait 60s` waits for a platform"
+    if exchange.proxy_name:
+        peer, advice = exchange.proxy_name, "check HTTPS_PROXY and HTTP_PROXY"
+    text = f"cannot connect to {peer}: {reason}"
+    if isinstance(failure, socket.gaierror):
+        text = f"cannot resolve the name of {peer}: {reason}"
+    return exchange.error(TransportError, text, advice, retryable=True)
+
+
+def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainersError | None:
+    """Return the error of a failure of TLS after which there is no run, None for another one."""
+    import ssl
+    exchange = attempt.exchange
+    if not isinstance(failure, ssl.SSLError):
+        return None
+    text = f"TLS: {reason}"
+    advice = "is this port for https?"
+    if isinstance(failure, ssl.SSLCertVerificationError):
+        text = f"TLS: the certificate is refused: {exchange.quote(failure.verify_message)}"
+        advice = _certificate_advice(exchange.environ)
+    elif attempt.run_state != "not_sent":
+        # A server of TLS 1.3 asks for a client's certificate when the request is on its way, and
+        # then reads none of it. A session ticket would show that its handshake had ended.
+        is_wanted = failure.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+        session = attempt.sock.session
+        is_over = attempt.has_answer or (session is not None and session.has_ticket)
+        if not is_wanted or is_over or attempt.tls_version != "TLSv1.3":
+            return None
+        attempt.enter_state("not_sent")
+        advice = "the server asks for a client certificate, and none can be given"
+    return exchange.error(TransportError, text, advice)
+
+
+def _certificate_advice(environ: Mapping[str, str]) -> str:
+    """Return what to do about a server's certificate that is refused."""
+    import ssl
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        path = environ.get(name)
+        problem = _problem_of_ca(path, is_file=name == "SSL_CERT_FILE") if path else ""
+        if problem:
+            return f"{name} names {path}, which {problem}"
+    paths = ssl.get_default_verify_paths()
+    has_files = any(names for _, _, names in os.walk(paths.capath or ""))
+    if not paths.cafile and not has_files:
+        return "no CA certificates here: install the package ca-certificates, or set SSL_CERT_FILE"
+    return "check `api_url` and the clock, or set SSL_CERT_FILE to a PEM file with the server's CA"
+
+
+def _problem_of_ca(path: str, is_file: bool) -> str:
+    """Return why a file or a folder of CA certificates cannot be used, as far as can be seen."""
+    import ssl
+    data = b""
+    try:
+        if is_file:
+            with open(path, "rb") as file:
+                data = file.read()
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        elif os.pathsep not in path and not os.listdir(path):
+            return "is empty"
+    except ssl.SSLError:
+        if not data:
+            return "is empty"
+        if b"-----BEGIN" not in data:
+            return "is not PEM"
+        return "holds no certificate that can be used"
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read: {_reason_of(error)}"
+    return ""
+
+
+# ---- Formats: a document in, pieces of text out ------------------------------------------------
+
+
 # What a column is called in documents, where that is not its own name; the first that is there.
-_FIELDS = {
-    "id": ("id", "provider"), "run_id": ("run_id", "id"),
+_ALIASES = {
+    "id": ("id", "provider"),
+    "run_id": ("run_id", "id"),
     "owner": ("owner_identity_id", "owner_account_id"),
+    "command": ("args", "command"),
 }
 
 
 def _items(command: str, document: Any) -> list[Document]:
+    """Return the objects of a command's document, each of which gets a row."""
+    items = document
     if command in ("status", "runs"):
-        document = document.get("items", [document.get("status", {})])
-    items = document if isinstance(document, list) else [document]
+        items = document.get("items", [document.get("status")])
+    if not isinstance(items, list):
+        items = [items]
     return [item for item in items if isinstance(item, dict)]
 
 
 def _cell(item: Document, column: str) -> str:
-    value = next((item[n] for n in _FIELDS.get(column, (column,)) if item.get(n) is not None), "")
+    """Return the value of a column as text: an object as compact JSON, what is absent as empty."""
+    value = item.get(column)
+    for name in _ALIASES.get(column, ()):
+        value = item.get(name)
+        if value is not None:
+            break
     if isinstance(value, str):
         return value
+    if value is None:
+        return ""
+    if column == "command" and isinstance(value, list):
+        import shlex
+        return " ".join(shlex.quote(str(word)) for word in value)
+    import json
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _as_text(command: str, document: Any) -> Iterator[str]:
-    items = _items(command, document)
+def _format_json(_command: str, document: Any) -> Iterator[str]:
+    """Give JSON with an indent of two, key by key, so that a large text is not held once more."""
+    import json
+    if not document or not isinstance(document, dict):
+        yield f"{json.dumps(document, ensure_ascii=False, indent=2)}\n"
+        return
+    before = "{"
+    for name, value in document.items():
+        yield f"{before}\n  {json.dumps(name, ensure_ascii=False)}: "
+        # A value stands two deeper than it is written here; no string holds a line break.
+        yield json.dumps(value, ensure_ascii=False, indent=2).replace("\n", "\n  ")
+        before = ","
+    yield "\n}\n"
+
+
+def _format_text(command: str, document: Any) -> Iterator[str]:
+    """Give what people read: a run's output as it is, a line for each deletion, else a table."""
     if command == "run":
         yield _cell(document, "stdout")
-    elif command == "delete":
-        yield from (f"deleted {_visible(_cell(item, 'run_id'))}\n" for item in items)
-    else:
-        columns = _COLUMNS[command]
-        rows = [[column.upper().replace("_", " ") for column in columns]]
-        rows += [[_visible(_cell(item, column)) for column in columns] for item in items]
-        widths = [max(map(len, cells)) for cells in zip(*rows)]
-        line = "  ".join(f"{{:{width}}}" for width in widths)
-        yield from (line.format(*row).rstrip() + "\n" for row in rows)
+        return
+    items = _items(command, document)
+    if command == "delete":
+        for item in items:
+            yield f"deleted {_visible(_cell(item, 'run_id'))}\n"
+        return
+    table = []
+    for column in _COMMANDS[command].columns:
+        cells = [_visible(_cell(item, column)) for item in items]
+        if column == "command":
+            cells = [cell[:_MAX_CELL] for cell in cells]
+        # Providers may lack these two.
+        if any(cells) or column not in ("started_at", "command"):
+            table.append([column.upper().replace("_", " "), *cells])
+    # A cell of 100 KB would otherwise pad each of the others to its length.
+    forms = []
+    for cells in table:
+        width = max(len(cell) for cell in cells)
+        forms.append(f"{{:{min(width, _MAX_CELL)}}}")
+    line = "  ".join(forms)
+    for row in zip(*table):
+        yield f"{line.format(*row).rstrip()}\n"
 
 
-def _as_tsv(command: str, document: Any) -> Iterator[str]:
-    columns = _COLUMNS[command]
+def _format_tsv(command: str, document: Any) -> Iterator[str]:
+    """Give what scripts read: a header row, then a row for each item, with escapes."""
+    columns = _COMMANDS[command].columns
+    escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     yield "\t".join(columns) + "\n"
     for item in _items(command, document):
-        cells = [_cell(item, column).replace("\\", "\\\\") for column in columns]
-        for plain, escaped in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
-            cells = [cell.replace(plain, escaped) for cell in cells]
+        cells = [_cell(item, column).translate(escapes) for column in columns]
         yield "\t".join(cells) + "\n"
 
 
+def _format_plain(_command: str, text: Any) -> Iterator[str]:
+    """Give help for people as it is."""
+    yield text
+
+
 _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
-    "json": lambda _, document: iter([json.dumps(document, ensure_ascii=False, indent=2), "\n"]),
-    "text": _as_text,
-    "tsv": _as_tsv,
-    None: lambda _, text: iter([text]),  # help for people
+    "json": _format_json,
+    "text": _format_text,
+    "tsv": _format_tsv,
+    "opencli": _format_json,
+    None: _format_plain,
 }
-_FORMATS["opencli"] = _FORMATS["json"]
 
-# ---- Command line: its help, from which the parser and the machine's help are made -------------
 
-_HELP = """\
-NAME
-    bus-containers - run commands in containers of the AI Platform
+# ---- The command line as tables: help, parser and OpenCLI document are made of them -------------
 
-SYNOPSIS
-    bus-containers [OPTION...] status
-    bus-containers [OPTION...] run [--] COMMAND [ARG...]
-    bus-containers [OPTION...] runs
-    bus-containers [OPTION...] delete RUN_ID...
-    bus-containers [OPTION...] help [COMMAND]
 
-DESCRIPTION
-    Runs a command in a short-lived container of the account in a bearer token,
-    and gives back its output and its exit code. The result goes to standard
-    output, all else to standard error. Options may follow the command, too.
+class _Command:
+    """A row of the table of commands."""
 
-COMMANDS
-    status  show whether the platform is ready
-    run     run a command in a fresh container and print the result
-    runs    list the account's runs
-    delete  delete runs, stopping those in progress
-    help    print help for the program or a command
+    def __init__(self, method: str, code: int, columns: str, summary: str, text: str) -> None:
+        self.method = method  # of its request; it decides which scope the token needs
+        self.failure_code = code  # its exit code for failures that have no code of their own
+        self.columns = columns.split()  # of the formats `text` and `tsv`
+        self.summary = summary
+        self.description = text
 
-OPTIONS
-    -h, --help                  print help; after a command, the command's
-    -V, --version               print the version
-    --api-url URL               the API's origin, with a path prefix if any
-    --token-file PATH           read the token from a file, - is standard input
-    --timeout DURATION          limit of the HTTP exchange, 0 is none [30s]
-    -C, --chdir DIR             work in DIR: relative paths are relative to it
-    -o, --output FILE           write the result to FILE once there is one
-    -f, --format json|text|tsv  format of the result [json]
-    -q, --quiet                 nothing but errors, and no --output
-    -v, --verbose               tell what was resolved, and each request
-    --trace                     as -vv: tell the HTTP headers, without the token
-    --color auto|always|never   colour, on standard error only [auto]
-    --no-color                  no colour
-    --error-format text|json    json: errors as objects, one a line [text]
-  of status
-    --wait DURATION             wait for a platform that is coming up
-  of run
-    --profile NAME              the container's profile [codex]
-    --image REF                 an image instead of a profile
-    --timeout-seconds N         stop the command after N seconds
-    --timeout DURATION          limit of the HTTP exchange, 0 is none [30m]
-  of help
-    -f, --format opencli|json   print an OpenCLI document, by either name
 
-ENVIRONMENT
-    BUS_AI_API_URL     the API's URL, after --api-url [https://ai.hg.fi]
-    BUS_API_BASE_URL   the API's URL, after BUS_AI_API_URL
-    BUS_AI_TOKEN       the bearer token, after --token-file
-    BUS_API_TOKEN      the bearer token, after BUS_AI_TOKEN
-    BUS_CONFIG_DIR     holds auth/api-token, the last place for a token
-    XDG_CONFIG_HOME    its bus/ comes after BUS_CONFIG_DIR [~/.config]
-    HTTPS_PROXY        proxy for https, http://[USER:PASSWORD@]HOST:PORT
-    HTTP_PROXY         proxy for http, unless REQUEST_METHOD is set
-    NO_PROXY           hosts without proxy: names, .suffixes, addresses, CIDR, *
-    SSL_CERT_FILE      file of CA certificates, instead of the system's
-    SSL_CERT_DIR       directory of CA certificates, instead of the system's
-    NO_COLOR           no colour with --color auto, as with TERM=dumb
-
-EXIT STATUS
-    0    success
-    1    any other failure, but of run
-    2    usage error, nothing was sent
-    125  failure of run: of the client or the platform, not of the command
-    N    run: the command's exit code, 128+N for signal N, 255 where none fits
-    130  interrupted
-    143  terminated
-
-EXAMPLES
-    bus-containers status --wait 2m           wait for the platform
-    bus-containers run -- codex --version     run in the profile codex
-    bus-containers run --image alpine -- ls   run in an image
-    bus-containers runs -f tsv                a header row, then a row a run
-    bus-containers delete run_123             delete a run
-    bus-containers help --format opencli      describe all this to a program
-
-SEE ALSO
-    bus-containers help COMMAND, bus auth, bus billing
-"""
-
-_DESCRIPTIONS = {
-    "status": """\
-    Prints the state of the account's container runner. With --wait it asks on
-    while there is no token, name, port or answer, or the runner is starting.""",
-    "run": """\
-    Prints the result when the command has ended, and exits with its exit code.
-    With --format text its output is passed on as it is. All that follows -- or
-    the first word that is no option belongs to the command. The exchange may
-    take 30 s more than --timeout-seconds, or 30 min where that is 0 or missing.""",
-    "runs": "    Prints the runs of the token's account, those in progress too.",
-    "delete": "    Goes on after a run that cannot be deleted, and then exits with 1.",
-    "help": "    With --format, prints the whole command line as an OpenCLI document.",
+# To add a command, add a row here, a function to `_execute`, and a method to `Client`.
+_COMMANDS = {
+    "status": _Command(
+        "GET", 1, "id state owner details",
+        "show whether the platform is ready",
+        "Prints the state of the account's container runner. With --wait it asks\n"
+        "again while there is no token, name, port or answer, and while the runner\n"
+        "is starting, pending or provisioning.",
+    ),
+    "run": _Command(
+        "POST", 125, "run_id exit_code duration_ms image runner_name stdout stderr",
+        "run a command in a fresh container and print the result",
+        "Prints the result when the command has ended, and exits with its exit code.\n"
+        "With --format text its output is passed on as it is. All that follows -- or\n"
+        "the first word that is not an option belongs to the command. The exchange\n"
+        "may take 30 s more than --timeout-seconds, or 30 min if that is not given.\n"
+        "Nothing of this machine reaches the container: no file, variable, working\n"
+        "directory or standard input. Put what it needs into `sh -c`, or use an image\n"
+        "that holds it.",
+    ),
+    "runs": _Command(
+        "GET", 1, "run_id state exit_code duration_ms image started_at command",
+        "list the account's runs",
+        "Prints the runs of the token's account, those in progress too.",
+    ),
+    "delete": _Command(
+        "DELETE", 1, "run_id deleted",
+        "delete runs, stopping those in progress",
+        "Continues after a run that cannot be deleted, and then exits with 1.",
+    ),
+    "help": _Command(
+        "", 1, "",
+        "print help for the program or a command",
+        "With --format, prints the whole command line as an OpenCLI document.",
+    ),
 }
-_ARGUMENTS = {"COMMAND": "a command", "ARG": "an argument of it", "RUN_ID": "the id of a run"}
-_SECRET_VARIABLES = (*_TOKEN_VARIABLES, "HTTPS_PROXY", "HTTP_PROXY")  # a proxy's URL may hold one
+
+# In each table the first column is the commands that a row is of, empty for every command.
+_ARGUMENTS = [  # commands, name, required, repeatable, description
+    ("run", "command", True, False, "the program to run in the container"),
+    ("run", "arg", False, True, "an argument of that program"),
+    ("delete", "run_id", True, True, "the id of a run"),
+    ("help", "command", False, False, "a command of this program"),
+]
+# To add an option, add a row here, and use its value where the command runs.
+_OPTIONS = [  # commands, short name, long name, value, description, default
+    ("", "-h", "--help", "", "print help; after a command, the command's", ""),
+    ("", "-V", "--version", "", "print the version", ""),
+    ("", "", "--api-url", "URL", "the API's origin, with a path prefix if any", ""),
+    ("", "", "--token-file", "PATH", "read the token from a file, - is standard input", ""),
+    ("", "", "--timeout", "DURATION", "limit of the HTTP exchange, 0 is none", "30s"),
+    ("", "-C", "--chdir", "DIR", "work in DIR: relative paths are relative to it", ""),
+    ("", "-o", "--output", "FILE", "write the result to FILE, - is standard output", ""),
+    ("", "-f", "--format", "json|text|tsv", "format of the result", "json"),
+    ("", "-q", "--quiet", "", "discard the result, print nothing but errors", ""),
+    ("", "-v", "--verbose", "", "report what was resolved, and each request", ""),
+    ("", "", "--trace", "", "as -vv: report HTTP headers, without the token", ""),
+    ("", "", "--color", "auto|always|never", "colour, on standard error only", "auto"),
+    ("", "", "--no-color", "", "no colour", ""),
+    ("", "", "--error-format", "text|json", "json: errors as objects, one per line", "text"),
+    ("status", "", "--wait", "DURATION", "wait for a platform that is coming up", ""),
+    ("run", "", "--profile", "NAME", "the container's profile", _DEFAULT_PROFILE),
+    ("run", "", "--image", "REF", "an image instead of a profile", ""),
+    ("run", "", "--timeout-seconds", "N", "stop the command after N seconds", ""),
+    ("run", "", "--timeout", "DURATION", "limit of the HTTP exchange, 0 is none", "30m"),
+    ("help", "-f", "--format", "opencli|json", "print an OpenCLI document, by either name", ""),
+]
+_EXIT_CODES = [  # commands, code, description
+    ("", "0", "success (for run: of the command, else the command's own exit code)"),
+    ("status runs delete help", "1", "any other failure, except of run"),
+    ("", "2", "usage error, nothing was sent"),
+    ("run", "125", "run: the client or platform failed; other codes are the command's"),
+    ("run", "N", "run: the command's exit code, 128+N for signal N, 255 if none fits"),
+    ("", "130", "interrupted"),
+    ("", "143", "terminated"),
+]
+_EXAMPLES = [  # commands, command line, what it does
+    ("status", "bus-containers status --wait 2m", "wait for the platform"),
+    ("run", "bus-containers run -- codex --version", "run in the profile codex"),
+    ("run", "bus-containers run --image alpine -- ls", "run in an image"),
+    ("runs", "bus-containers runs -f tsv", "a header row, then one row per run"),
+    ("delete", "bus-containers delete run_123", "delete a run"),
+    ("help", "bus-containers help --format opencli", "describe all this to a program"),
+]
+_VARIABLES = [  # name, may hold a secret, description, default
+    ("BUS_AI_API_URL", False, "the API's URL, after --api-url", _DEFAULT_API_URL),
+    ("BUS_API_BASE_URL", False, "the API's URL, after BUS_AI_API_URL", ""),
+    ("BUS_AI_TOKEN", True, "the bearer token, after --token-file", ""),
+    ("BUS_API_TOKEN", True, "the bearer token, after BUS_AI_TOKEN", ""),
+    ("BUS_CONFIG_DIR", False, "holds auth/api-token, the last place for a token", ""),
+    ("XDG_CONFIG_HOME", False, "its bus/ comes after BUS_CONFIG_DIR", "~/.config"),
+    ("HTTPS_PROXY", True, "proxy for https, http://[USER:PASSWORD@]HOST:PORT", ""),
+    ("HTTP_PROXY", True, "proxy for http, unless REQUEST_METHOD is set", ""),
+    ("NO_PROXY", False, "hosts without proxy: names, .suffixes, addresses, CIDR, *", ""),
+    ("SSL_CERT_FILE", False, "file of CA certificates, instead of the system's", ""),
+    ("SSL_CERT_DIR", False, "directory of CA certificates, instead of the system's", ""),
+    ("SSLKEYLOGFILE", False, "file that gets the keys of TLS, for packet analysers", ""),
+    ("NO_COLOR", False, "no colour with --color auto, as with TERM=dumb", ""),
+]
+_SUMMARY = "run commands in containers of the AI Platform"
+_DESCRIPTION = (
+    "Runs a command in a short-lived container of the account in a bearer token,\n"
+    "and gives back its output and its exit code. The result goes to standard\n"
+    "output, all else to standard error. Options may follow the command, too."
+)
 
 
-def _lines(title: str, page: str = _HELP) -> list[str]:
-    """The lines of a section of a page; `  of run` are the options of that command alone."""
-    lines = f"\n{page}".partition(f"\n{title}\n")[2].splitlines()
-    return list(itertools.takewhile(lambda line: line.startswith("    "), lines))
+def _rows_of(table: Sequence[Any], command: str | None) -> list[Any]:
+    """Return the rows of a table that a command has; the program, None, has all of them."""
+    rows = []
+    for row in table:
+        commands = row[0].split()
+        if command is None or not commands or command in commands:
+            rows.append(row)
+    return rows
 
 
-def _rows(title: str, page: str = _HELP) -> Iterator[tuple[str, str, str]]:
-    """The rows of a section: a term, its description, and the default in brackets after it."""
-    for line in _lines(title, page):
-        term, _, rest = line.strip().partition("  ")
-        description, _, default = rest.strip().rstrip("]").partition(" [")
-        yield term, description, default
+def _options_of(command: str | None) -> dict[str, Any]:
+    """Return a command's options by their long names; its own replace those of every command."""
+    return {row[2]: row for row in _OPTIONS if row[0] in ("", command)}
 
 
-def _options(command: str | None) -> Iterator[tuple[list[str], str, str, str]]:
-    """The options of a command: the names of each, the word for its value, help and default."""
-    options = {}
-    for syntax, text, default in [*_rows("OPTIONS"), *_rows(f"  of {command}")]:
-        *names, value = syntax.replace(",", "").split()
-        names, value = ([*names, value], "") if value.startswith("-") else (names, value)
-        options[names[-1]] = names, value, text, default  # one of its own replaces the global one
-    yield from options.values()
+def _usage(command: str) -> str:
+    words = f"{_PROGRAM} [OPTION...] {command}"
+    if command == "run":
+        words += " [--]"
+    for _, name, is_required, is_repeatable, _ in _rows_of(_ARGUMENTS, command):
+        word = name.upper() + "..." * is_repeatable
+        words += f" {word}" if is_required else f" [{word}]"
+    return words
 
 
-def _converted(kind: str, text: str) -> Any:
-    """What the text of an option's value stands for, by the word for the value in the help."""
-    choices = kind.split("|") if "|" in kind else []
-    try:
-        if kind == "DURATION" and (seconds := parse_duration(text)) >= 0:
-            return seconds
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if kind == "N" and re.fullmatch("[0-9]{1,15}", text):
-        return int(text)
-    if kind in ("DIR", "FILE", "PATH"):
-        return os.fsdecode(text.encode())  # as the system spells it, in any locale
-    if kind in ("URL", "NAME", "REF") or text in choices:
-        return text
-    wanted = " or ".join(choices) or ("a whole number" if kind == "N" else "a duration") + " >= 0"
-    raise argparse.ArgumentTypeError(f"{_quoted(text)!r} is not {wanted}")
+def _table(width: int, rows: Iterable[Sequence[str]]) -> str:
+    """Return a section of a page: a term, what it means from a column on, and a default if any."""
+    lines = []
+    for term, text, *default in rows:
+        line = f"    {term:{width}}{text}"
+        if any(default):
+            line += f" [{default[0]}]"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _options_table(owner: str) -> str:
+    rows = []
+    for command, short, long, value, *rest in _OPTIONS:
+        if command == owner:
+            rows.append((f"{short}, {long} {value}".strip(", "), *rest))
+    return _table(28, rows)
 
 
 def _page(command: str | None) -> str:
-    """The page of help of the program or of a command, in sections as git's manual pages."""
-    if command not in _DESCRIPTIONS:
-        return _HELP
+    """Return the page of help of a command or of the program, in the sections of a manual page."""
+    names = [command] if command else list(_COMMANDS)
+    sections = {"SYNOPSIS": "\n".join(f"    {_usage(name)}" for name in names)}
+    if command:
+        row = _COMMANDS[command]
+        title, description = f"{_PROGRAM} {command} - {row.summary}", row.description
+        see = f"{_PROGRAM} help, for the options of every command and the environment"
+        tables = {"OPTIONS": _options_table(command)}
+    else:
+        title, description = f"{_PROGRAM} - {_SUMMARY}", _DESCRIPTION
+        see = f"{_PROGRAM} help COMMAND, bus auth, bus billing"
+        options = _options_table("")
+        for name in names:
+            if _options_table(name):
+                options += f"\n  of {name}\n{_options_table(name)}"
+        commands = [(name, row.summary) for name, row in _COMMANDS.items()]
+        variables = [(name, *rest) for name, _, *rest in _VARIABLES]
+        tables = {
+            "COMMANDS": _table(8, commands),
+            "OPTIONS": options,
+            "ENVIRONMENT": _table(19, variables),
+        }
+    indented = description.replace("\n", "\n    ")
+    sections = {"NAME": f"    {title}", **sections, "DESCRIPTION": f"    {indented}", **tables}
+    codes = [row[1:] for row in _rows_of(_EXIT_CODES, command)]
+    examples = [row[1:] for row in _rows_of(_EXAMPLES, command)]
+    sections["EXIT STATUS"] = _table(5, codes)
+    sections["EXAMPLES"] = _table(42, examples)
+    sections["SEE ALSO"] = f"    {see}"
+    return "\n\n".join(f"{name}\n{text}" for name, text in sections.items() if text) + "\n"
 
-    def about(title: str, *words: str) -> str:
-        terms = [(line, line.strip().partition("  ")[0].split()) for line in _lines(title)]
-        return "\n".join(line for line, term in terms if {*words} & {*term})
 
-    codes = {"run": "0 2 125 N 130 143"}.get(command, "0 1 2 130 143")
-    sections = {
-        "NAME": f"    {_PROGRAM} {command} - " + about("COMMANDS", command).split(maxsplit=1)[1],
-        "SYNOPSIS": about("SYNOPSIS", command),
-        "DESCRIPTION": _DESCRIPTIONS[command],
-        "OPTIONS": "\n".join(_lines(f"  of {command}")),
-        "EXIT STATUS": about("EXIT STATUS", *codes.split()),
-        "EXAMPLES": about("EXAMPLES", command),
-        "SEE ALSO": f"    {_PROGRAM} help, for the options of every command and the environment",
-    }
-    return "\n\n".join(f"{title}\n{text}" for title, text in sections.items() if text) + "\n"
+def _objects(names: str, rows: Iterable[Sequence[Any]]) -> list[Document]:
+    """Return rows as objects, whose keys are the names of the columns."""
+    return [dict(zip(names.split(), row)) for row in rows]
 
 
-def _opencli() -> Document:
-    """The command line as the OpenCLI document that `bus help` and `bus configure` ask for."""
-    commands, variables = [], []
-    for name, summary, _ in _rows("COMMANDS"):
-        page = _page(name)
-        usage = _lines("SYNOPSIS", page)[0].strip()
-        words = usage.partition(f" {name}")[2].replace("[--]", "").split()
-        commands.append({
-            "name": name, "summary": summary, "description": " ".join(_DESCRIPTIONS[name].split()),
-            "usage": usage,
-            "arguments": [
-                {"name": word.strip("[].").lower(), "description": _ARGUMENTS[word.strip("[].")],
-                 "required": word[0] != "[", "repeatable": "..." in word} for word in words],
-            "options": [
-                {"name": names[-1], "aliases": names[:-1], "description": text, "valueName": value,
-                 "required": False, "repeatable": "-v" in names, "default": default}
-                for names, value, text, default in _options(name)],
-            "exitCodes": [{"code": code, "description": text}
-                          for code, text, _ in _rows("EXIT STATUS", page)],
-            "examples": [{"summary": text, "command": example}
-                         for example, text, _ in _rows("EXAMPLES", page)],
-        })
-    for name, text, default in _rows("ENVIRONMENT"):
-        secret = name in _SECRET_VARIABLES
-        variables.append({
-            "name": name, "description": text, "required": False, "secret": secret,
-            "default": default, "schema": {"type": "string"}, "affects": [*_DESCRIPTIONS][:-1],
-            "safeHandling": {
-                "printable": not secret, "storeInDotenv": not secret, "redactInLogs": secret},
-        })
-    environment = {"version": "0.1", "precedence": ["option", "environment", "file", "default"]}
+def _opencli_document() -> Document:
+    """Return the command line as the OpenCLI document that `bus help` and `bus configure` read."""
+    variables = _objects("name secret description default", _VARIABLES)
+    for variable in variables:
+        is_secret = variable["secret"]
+        variable.update(required=False, schema={"type": "string"})
+        variable["affects"] = [name for name, row in _COMMANDS.items() if row.method]
+        handling = {"printable": not is_secret, "storeInDotenv": not is_secret}
+        variable["safeHandling"] = {**handling, "redactInLogs": is_secret}
+    precedence = ["option", "environment", "file", "default"]
     return {
         "opencli": "0.1.0",
         "info": {
-            "title": _PROGRAM, "version": __version__,
-            "summary": _lines("NAME")[0].partition(" - ")[2],
-            "description": " ".join(" ".join(_lines("DESCRIPTION")).split()),
+            "title": _PROGRAM, "version": __version__, "summary": _SUMMARY,
+            "description": " ".join(_DESCRIPTION.split()),
         },
-        "commands": commands,
+        "commands": [_opencli_command(name, row) for name, row in _COMMANDS.items()],
         "metadata": {
             "io.busdk.profile": {"version": "0.1", "module": "containers"},
-            "io.busdk.environment": {**environment, "variables": variables},
+            "io.busdk.environment": {
+                "version": "0.1", "precedence": precedence, "variables": variables,
+            },
         },
     }
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a command's options, the global ones among them."""
+def _opencli_command(command: str, row: _Command) -> Document:
+    options = []
+    for _, short, name, value, text, default in _options_of(command).values():
+        option: Document = {"name": name, "aliases": short.split(), "description": text}
+        option.update(valueName=value, required=False, repeatable=name == "--verbose")
+        options.append({**option, "default": default})
+    # Go programs read a code as an integer. The container's own has no number.
+    codes = []
+    for _, code, text in _rows_of(_EXIT_CODES, command):
+        if code.isdigit():
+            codes.append((int(code), text))
+    arguments = [row[1:] for row in _rows_of(_ARGUMENTS, command)]
+    examples = [row[1:] for row in _rows_of(_EXAMPLES, command)]
+    return {
+        "name": command, "summary": row.summary, "description": " ".join(row.description.split()),
+        "usage": _usage(command), "options": options,
+        "arguments": _objects("name required repeatable description", arguments),
+        "exitCodes": _objects("code description", codes),
+        "examples": _objects("command summary", examples),
+    }
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise _UsageError(message.replace("argument ", "", 1))
 
-    parser = Parser(_PROGRAM, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    for names, kind, _, default in _options(command):
-        if kind:
-            start = default if "|" in kind and default else None  # of others it depends
-            parser.add_argument(*names, type=functools.partial(_converted, kind), default=start)
-        else:
-            parser.add_argument(*names, action="count", default=0)
-    return parser
+# ---- Scanner and parser: argv to a command, its options and its words ---------------------------
 
 
-def _split(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
-    """Sort a command line into the command, its options in their long form, and other words."""
-    # Before argparse, which has its own way with `--` and with a value that starts with a dash.
-    rows = [row for command in (None, *_DESCRIPTIONS) for row in _options(command)]
-    known = {name: (names[-1], value) for names, value, _, _ in rows for name in names}
-    command: str | None = None
-    options: list[str] = []
-    others: list[str] = []
-    ahead = iter(words)
+def _scan(argv: Sequence[str]) -> tuple[str | None, _Options, list[str]]:
+    """Sort a command line into the command, its options by their long names, and other words.
+
+    argparse is not asked: it has its own way with `--` and with values that start with a dash, and
+    another one in each version.
+    """
+    command = None
+    options: list[tuple[str, str | None]] = []
+    words: list[str] = []
+    ahead = iter(argv)
     for word in ahead:
         if word == "--":
-            others += ahead
+            words.extend(ahead)
         elif word.startswith("-") and word != "-":
-            options += _spelled_out(word, ahead, known)
+            options.extend(_scan_options(word, ahead))
         elif command is None:
             command = word
         else:
-            others += [word, *ahead] if command == "run" else [word]
-    return command, options, others
+            words.append(word)
+            if command == "run":  # the rest is the container's
+                words.extend(ahead)
+    return command, options, words
 
 
-def _spelled_out(word: str, ahead: Iterator[str], known: Mapping[str, Any]) -> Iterator[str]:
-    """The options in a word by their long names: `-qo F` holds `--quiet` and `--output=F`."""
-    names = iter([word] if word.startswith("--") else [f"-{letter}" for letter in word[1:]])
-    for name in names:
-        name, kind = known.get(name, (name, ""))
-        value = ("".join(each[1] for each in names) or next(ahead, None)) if kind else None
-        yield name if value is None else f"{name}={value}"
+def _scan_options(word: str, ahead: Iterator[str]) -> _Options:
+    """Return the options in a word: `-qo F` holds `--quiet`, and `--output` with its value."""
+    known = {}
+    for _, short, long, value_name, *_ in _OPTIONS:
+        known[short] = known[long] = (long, value_name)
+    if word.startswith("--"):
+        name, equals, value = word.partition("=")
+        if equals:
+            return [(name, value)]
+        has_value = name in known and known[name][1]
+        return [(name, next(ahead, None) if has_value else None)]
+    options: list[tuple[str, str | None]] = []
+    for end, letter in enumerate(word[1:], 2):
+        name, value_name = known.get(f"-{letter}", (f"-{letter}", ""))
+        if value_name:
+            return [*options, (name, word[end:] or next(ahead, None))]
+        options.append((name, None))
+    return options
 
 
-def _parsed(command: str | None, options: list[str], words: list[str]) -> argparse.Namespace:
-    """The checked options of a command, with its name and words among them."""
-    args, unknown = build_parser(command).parse_known_args(options)
-    if unknown:
-        raise _UsageError(f"no such option: {_quoted(unknown[0].partition('=')[0])}")
-    if command not in _DESCRIPTIONS:
-        problem = f"unknown command {_quoted(command)!r}" if command else "no command"
-        raise _UsageError(f"{problem}: use one of {', '.join(_DESCRIPTIONS)}")
+def _parse(command: str | None, options: _Options, words: list[str]) -> argparse.Namespace:
+    """Return the checked options of a command, with its name and words among them."""
+    rows = _options_of(command)
+    arguments = []
+    for name, value in options:
+        if name not in rows:
+            raise _UsageError(_unknown_option(name))
+        value_name = rows[name][3]
+        if value is None and value_name:
+            raise _UsageError(f"{name} needs a value: {name} {value_name}")
+        if value is not None and not value_name:
+            raise _UsageError(f"{name} does not take a value")
+        arguments.append(name if value is None else f"{name}={value}")
+    if command not in _COMMANDS:
+        problem = f"unknown command {_quoted(command or '')!r}"
+        raise _UsageError(f"{problem if command else 'no command'}: use one of {_command_names()}")
+    args = _build_parser(rows).parse_args(arguments)
     args.command, args.words = command, words
-    if args.quiet and (args.verbose or args.trace):
-        raise _UsageError("--quiet and --verbose or --trace exclude each other")
-    if command in ("run", "delete") and not words:
-        raise _UsageError(f"missing argument: {_lines('SYNOPSIS', _page(command))[0].strip()}")
-    if len(words) > {"status": 0, "runs": 0, "help": 1}.get(command, len(words)):
-        raise _UsageError(f"{command} does not take the argument {_quoted(words[-1])!r}")
-    if command == "run":
-        _, limit = _run_request(words, args.profile, args.image, args.timeout_seconds)
-        args.run_limit = limit if args.timeout is None else args.timeout
+    _check_words(args)
     return args
 
-# ---- Command line: what goes out --------------------------------------------------------------
 
-def _write(stream: TextIO, pieces: Iterable[str]) -> None:
-    """Write text as UTF-8 whatever the locale; a lone surrogate, which has none, as \\uXXXX."""
-    stream.flush()  # of what others wrote
-    binary = getattr(stream, "buffer", None)  # an io.StringIO has none
+def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """Return the parser of options that the scanner has spelled out."""
+    import argparse
+    import functools
+    parser = argparse.ArgumentParser(_PROGRAM, add_help=False, allow_abbrev=False)
+    for _, _, name, value_name, _, default in rows.values():
+        if not value_name:
+            parser.add_argument(name, action="count", default=0)
+            continue
+        # A default of another kind depends on other options and stands where it is used.
+        chosen = default if "|" in value_name and default else None
+        convert = functools.partial(_convert, name, value_name)
+        parser.add_argument(name, type=convert, default=chosen)
+    return parser
+
+
+def _command_names() -> str:
+    return ", ".join(_COMMANDS)
+
+
+def _unknown_option(name: str) -> str:
+    """Return what is wrong with an option that the command does not have."""
+    if name.startswith("--token"):
+        return "no option takes a token: use --token-file PATH, BUS_AI_TOKEN or BUS_API_TOKEN"
+    owners = [row[0] for row in _OPTIONS if name in row[1:3]]
+    if owners:
+        return f"{name} is an option of {' and '.join(owners)}"
+    return f"no such option: {_quoted(name)}"
+
+
+def _convert(name: str, value_name: str, text: str) -> Any:
+    """Return what an option's value stands for, by the word for the value in the help."""
+    if not text and value_name != "URL":  # what is wrong with a URL is said where it is resolved
+        raise _UsageError(f"{name}: the value is empty")
+    if "|" in value_name:
+        if text not in value_name.split("|"):
+            wanted = value_name.replace("|", " or ")
+            raise _UsageError(f"{name}: {_quoted(text)!r} is not {wanted}")
+    elif value_name == "DURATION":
+        return _convert_duration(name, text)
+    elif value_name == "N":
+        if not (text.isascii() and text.isdigit() and len(text) <= 15):
+            raise _UsageError(f"{name}: {_quoted(text)!r} is not a whole number >= 0")
+        return int(text)
+    elif value_name in ("DIR", "FILE", "PATH"):
+        return os.fsdecode(text.encode(errors="surrogateescape"))  # as the system spells it
+    return text
+
+
+def _convert_duration(name: str, text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except ConfigError as error:
+        raise _UsageError(f"{name}: {error}") from None
+    if seconds < 0:
+        raise _UsageError(f"{name}: {_quoted(text)!r} is not a duration >= 0")
+    return seconds
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    """Raise what is wrong with the words of a command line, and with its options together."""
+    if args.quiet and (args.verbose or args.trace):
+        raise _UsageError("--quiet and --verbose or --trace exclude each other")
+    most = len(_rows_of(_ARGUMENTS, args.command))
+    for _, _, is_required, is_repeatable, _ in _rows_of(_ARGUMENTS, args.command):
+        if is_required and not args.words:
+            raise _UsageError(f"missing argument: {_usage(args.command)}")
+        if is_repeatable:
+            most = len(args.words)
+    if len(args.words) > most:
+        raise _UsageError(f"{args.command} does not take the argument {_quoted(args.words[-1])!r}")
+    try:
+        if args.command == "run":
+            _run_request(args.words, args.profile, args.image, args.timeout_seconds)
+        if args.command == "delete":
+            for run_id in args.words:
+                _path_segment(run_id)
+    except ConfigError as error:
+        raise _UsageError(error.reason, error.advice) from None
+
+
+# ---- Output: what goes to standard error, and the way of a result -------------------------------
+
+
+# A host program may have put any object in the place of a standard stream.
+def _descriptor(stream: Any) -> int | None:
+    if not isinstance(stream, io.TextIOWrapper):
+        return None
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):  # it is in memory, or closed
+        return None
+
+
+def _is_writable(descriptor: int, seconds: float) -> bool:
+    try:
+        import select
+        _, writable, _ = select.select([], [descriptor], [], seconds)
+        return bool(writable)
+    except (ImportError, AttributeError, OSError, ValueError):
+        return True  # nobody knows: Windows selects sockets only
+
+
+def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
     for piece in pieces:
         for start in range(0, len(piece), _IO_BYTES):
-            part = piece[start : start + _IO_BYTES].encode("utf-8", "backslashreplace")
-            while binary and part:  # with PYTHONUNBUFFERED a pipe may take less than all of it
-                part = part[binary.write(part) :]
-            stream.write(part.decode())
+            part = piece[start : start + _IO_BYTES]
+            # A lone surrogate has no form in UTF-8 and is escaped.
+            left = memoryview(part.encode("utf-8", "backslashreplace"))
+            while left:  # a pipe may take a part only
+                try:
+                    left = left[os.write(descriptor, left) :]
+                except BlockingIOError:  # another process has made it non-blocking
+                    _is_writable(descriptor, _TICK_SECONDS)
+
+
+def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
+    stream.flush()  # of what others wrote
+    descriptor = _descriptor(stream)
+    if descriptor is not None:
+        _write_all(descriptor, pieces)
+        return
+    for piece in pieces:
+        stream.write(piece.encode("utf-8", "backslashreplace").decode())
     stream.flush()
 
 
-class _Reporter:
-    """All that goes to standard error, as text or JSON, and a line about a run in progress."""
+class _Reporter(_Observer):
+    """All that goes to standard error, as text or JSON, and a line about what is in progress."""
 
-    def __init__(self, options: Sequence[str]) -> None:
-        said = dict(option.partition("=")[::2] for option in options)  # the last one counts
+    def __init__(self, options: _Options, process: _Process | None) -> None:
+        given = dict(options)  # the last one counts
+        self.is_quiet = "--quiet" in given
+        self.is_json = given.get("--error-format") == "json"
+        self.is_tracing = "--trace" in given or options.count(("--verbose", None)) > 1
+        self.is_verbose = self.is_tracing or "--verbose" in given
         try:
-            terminal = sys.stderr.isatty()
+            # A dumb terminal can neither erase a line nor show a colour.
+            is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         except (AttributeError, ValueError):  # there is none, or it is closed
-            terminal = False
-        self._smart = terminal and os.environ.get("TERM") != "dumb"
-        colour = said.get("--color", "auto") if "--no-color" not in said else "never"
-        auto = self._smart and colour == "auto" and not os.environ.get("NO_COLOR")
-        self._colour = auto or colour == "always"
-        loud = _TRACE if "--trace" in said else options.count("--verbose")
-        self._level = _TICK - 1 if "--quiet" in said else loud
-        self._run, self._start, self._drawn = "", 0.0, False
-        self._as_json = said.get("--error-format") == "json"
-        self.failed, self.run_state = False, "not_sent"
+            is_terminal = False
+        self.is_terminal = is_terminal
+        colour = "never" if "--no-color" in given else given.get("--color", "auto")
+        is_wanted = is_terminal and not os.environ.get("NO_COLOR")
+        self.is_coloured = colour == "always" or (colour == "auto" and is_wanted)
+        self.process = process
+        self.url_source = "--api-url"
+        self.secrets: list[str] = []
+        self.run_state = "not_sent"
+        self.has_failed = False
+        self.deleted: list[Document] = []
+        self.patience_seconds = _PATIENCE_SECONDS
+        self.drawn = ""
+        self.show_progress("")
 
-    def note(self, level: int, text: str) -> None:
-        """Take what an exchange tells: a tick, a warning, what --verbose or --trace ask for."""
-        seconds = int(time.monotonic() - self._start)
-        if _WARNING <= level <= self._level:
-            self._tell(("warning", "verbose", "trace")[level], text)
-        elif level == _TICK <= self._level and self._run and seconds and self._smart:
-            line = _visible(f"{_about(seconds)}{self._run}").encode("ascii", "backslashreplace")
-            self.write(line.decode(), in_place=True)
-
-    def show_run(self, run: str) -> None:
-        """Show from its first second on how long a run has been going on; "" takes that away."""
-        self.write("")
-        self._run, self._start = "" if self._as_json else run, time.monotonic()
-
-    def error(self, error: BusContainersError, command: str | None, kind: str = "") -> None:
-        """Tell an error; for programs its kind is the name of its class."""
-        self.failed = True
-        names = ("status", "type", "message", "action", "command", "document", "retryable")
-        fields = {name: getattr(error, name, None) for name in names}
-        if command == "run":
-            fields["run_state"] = error.run_state or self.run_state
-        if str(error):
-            kind = kind or type(error).__name__.lower().strip("_").replace("error", "")
-            self._tell(kind, str(error), **fields)
-
-    def _tell(self, kind: str, text: str, **fields: Any) -> None:
-        line = f"{'warning: ' if kind == 'warning' else ''}{_visible(text)}"
-        line = f"{_PROGRAM}: " + (f"\033[31m{line}\033[0m" if self._colour and fields else line)
-        if self._as_json:
-            fields["message"] = fields.get("message") or text
-            line = json.dumps({"kind": kind, "text": text, **fields})
-        self.write(f"{line}\n")
-
-    def write(self, text: str, in_place: bool = False) -> None:
-        """Write to standard error, if there is one that takes it, over what was to be in place."""
-        erase, self._drawn = "\r\033[K" if self._drawn else "", in_place
+    def tick(self) -> None:
+        if self.process is not None:
+            self.process.check_signals()
+        seconds = int(time.monotonic() - self.progress_start)
+        if not self.progress or seconds < self.next_seconds:
+            return
+        line = _visible(_redacted(f"{_rounded(seconds)}{self.progress}", self.secrets))
+        if not self.is_terminal:
+            self.next_seconds += _STILL_RUNNING_SECONDS
+            self._write(f"{_PROGRAM}: still waiting after {line}\n", 0)
+            return
         try:
-            if in_place:
-                text = text[: (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
-            if sys.stderr is not None:
-                _write(sys.stderr, [erase, text])
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         except (OSError, ValueError):
-            pass
+            columns = 80
+        # A character of two columns would wrap the line, which then could not be erased.
+        line = line.encode("ascii", "backslashreplace").decode()[: columns - 1]
+        if line == self.drawn:
+            return
+        # Noted before it is drawn: erasing a line that is not there does no harm.
+        text, self.drawn = f"{self._erasure()}{line}", line
+        self._write(text, 0)
+
+    def enter_state(self, run_state: str) -> None:
+        self.run_state = run_state
+
+    def warn(self, text: str) -> None:
+        if not self.is_quiet:
+            self._print("warning", text, f"warning: {text}")
+
+    def explain(self, text: str) -> None:
+        if self.is_verbose:
+            self._print("verbose", text, text)
+
+    def show_headers(self, mark: str, lines: Iterable[str]) -> None:
+        if not self.is_tracing:
+            return
+        for line in lines:
+            name, _, _ = line.partition(":")
+            if name.lower().endswith("authorization"):
+                line = f"{name}: [redacted]"
+            self._print("trace", f"{mark} {line}", f"{mark} {line}")
+
+    def show_progress(self, text: str) -> None:
+        """Show from its first second on how long something has been going on; "" ends that."""
+        if self.drawn:
+            self._write(self._erasure(), 0)
+        self.drawn = ""
+        self.progress = "" if self.is_quiet or self.is_json else text
+        self.progress_start = time.monotonic()
+        self.next_seconds = 1 if self.is_terminal else _STILL_RUNNING_SECONDS
+
+    def error(self, error: BusContainersError, command: str | None) -> None:
+        """Print an error, with the names of options in place of the library's parameters."""
+        self.has_failed = True
+        if isinstance(error, _UsageError):
+            topic = f"{command} " if command in _COMMANDS else ""
+            hint = f"see `{_PROGRAM} {topic}--help`"
+            error.advice = f"{error.advice}; {hint}" if error.advice else hint
+        names = {"`api_url`": self.url_source}
+        for name in _options_of(command):
+            names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
+        for parameter, name in names.items():
+            error.advice = error.advice.replace(parameter, name)
+            if isinstance(error, ConfigError):
+                error.reason = error.reason.replace(parameter, name)
+        document = error.as_document()
+        if command == "run":
+            error.run_state = error.run_state or self.run_state
+            document = {**error.as_document(), "run_state": error.run_state}
+        self._print(error.kind, str(error), str(error), document)
+
+    def interrupt(self, interrupt: KeyboardInterrupt, command: str | None) -> int:
+        code: int = getattr(interrupt, "exit_code", 130)
+        error = BusContainersError({143: "terminated"}.get(code, "interrupted"))
+        error.kind = "interrupted"
+        if self.process is not None:
+            self.process.signal_number = code - 128  # Ctrl-C may come before the handler is there
+        self.error(error, command)
+        return code
+
+    def fault(self, fault: Exception, command: str | None, exit_code: int) -> int:
+        """Print an exception that nobody foresaw; --verbose shows where, but no value of it."""
+        # Python wraps what the handler of a signal raises in some of its own callbacks.
+        if self.process is not None and self.process.signal_number:
+            return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
+        trace = fault.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            self.explain(f"{code.co_filename}, line {trace.tb_lineno}, in {code.co_name}")
+            trace = trace.tb_next
+        self.error(_internal_error(fault), command)
+        return exit_code
+
+    def run_ended(self, document: Document) -> None:
+        """Print what the format `text` of a run says on standard error: its own, and a line."""
+        errors = _cell(document, "stderr")
+        output = errors or _cell(document, "stdout")
+        if output and output[-1] != "\n" and (errors or self.is_terminal):
+            errors += "\n"  # or the line would stand at the end of the last one
+        try:
+            _write_stream(sys.stderr, [errors])
+        except (AttributeError, OSError, ValueError):
+            pass  # there is no other place for it
+        fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
+        run_id, code, duration = (_quoted(_cell(fields, name)) for name in fields)
+        text = f"run {run_id} ended" if run_id else "the run ended"
+        if code:
+            text += f" with exit code {code}"
+        if duration:
+            text += f" after {duration} ms"
+        self._print("run", text, text, fields)
+
+    def _print(self, kind: str, text: str, line: str, fields: Document | None = None) -> None:
+        """Print a message as a line, or as an object with more fields."""
+        line = _visible(_redacted(line, self.secrets))
+        if self.is_coloured and kind not in ("warning", "verbose", "trace", "run"):
+            line = f"\033[31m{line}\033[0m"
+        line = f"{_PROGRAM}: {line}"
+        if self.is_json:
+            try:
+                import json
+                document = {"kind": kind, "text": text, **(fields or {})}
+                document.setdefault("message", text)
+                line = json.dumps(_redacted_document(document, self.secrets))
+            except (ImportError, AttributeError, SyntaxError):
+                pass  # a json.py in the way must not keep an error from being told
+        self._write(f"{self._erasure()}{line}\n", self.patience_seconds)
+        self.drawn = ""
+
+    def _erasure(self) -> str:
+        return "\r\033[K" if self.drawn else ""
+
+    # A result must not wait for a standard error that nobody reads. After a message that was not
+    # taken in time, the next ones do not wait at all. A signal does not cut a message in two: the
+    # next tick sees it.
+    def _write(self, text: str, patience_seconds: float) -> None:
+        if self.process is not None:
+            self.process.is_writing = True
+        try:
+            descriptor = _descriptor(sys.stderr)
+            if descriptor is None:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+                return
+            # POSIX: a pipe that is writable takes 512 bytes at once, here of up to 4 a character.
+            for start in range(0, len(text), 128):
+                if not _is_writable(descriptor, patience_seconds):
+                    if patience_seconds:
+                        self.patience_seconds = 0
+                    return
+                if start == 0:
+                    sys.stderr.flush()  # of what others wrote
+                _write_all(descriptor, [text[start : start + 128]])
+            self.patience_seconds = _PATIENCE_SECONDS
+        except (AttributeError, OSError, ValueError):
+            pass  # there is none, or it is closed
+        finally:
+            if self.process is not None:
+                self.process.is_writing = False
 
 
 class _Result:
-    """The way out of a result, proved open before the request: standard output, or a file.
+    """The way of a result to standard output or to a file, proved open before the request.
 
-    A file keeps what it holds until there is a result; one that was not there goes if none comes.
+    At any moment the file holds its old content or one whole result: the result is written beside
+    it and renamed. Where that cannot be (a device, a FIFO, a hard link, another's file, a folder
+    that cannot be written to, a mounted file), it is overwritten, as with a shell's `>`.
     """
 
     def __init__(self, path: str | None) -> None:
-        self._path, self._new = path, path is not None and not os.path.exists(path)
-        self._name = "standard output" if path is None else path
+        self._path = path
+        if path == "-":
+            self._path = None
+        # The descriptor of what is not a regular file: the other end of a FIFO may come only once.
+        self._held: int | None = None
         try:
-            if path is None and sys.stdout is None:
-                raise OSError("it is closed")
-            self._file: TextIO = sys.stdout if path is None else open(path, "a", newline="")  # noqa: SIM115
-            if path is None:
-                os.write(self._file.fileno(), b"")  # tells of /dev/full, too
-        except io.UnsupportedOperation:
-            pass  # a stream in memory
+            if not self._path:
+                if sys.stdout is None or getattr(sys.stdout, "closed", False):
+                    raise OSError("it is closed")
+                descriptor = _descriptor(sys.stdout)
+                if descriptor is not None:
+                    os.write(descriptor, b"")  # this fails for /dev/full, too
+            else:
+                self._prove_file(self._path)
         except (OSError, ValueError) as error:
-            raise _OutputError(f"cannot write to {self._name}: {_reason(error)}") from None
+            raise self._error(error) from None
 
-    def write(self, pieces: Sequence[str]) -> None:
-        """Write the result; one that the file does not take goes to standard output."""
+    def _prove_file(self, path: str) -> None:
         try:
-            if self._path is not None and os.path.isfile(self._path):
-                self._file.truncate(0)
-            _write(self._file, pieces)
-            self._new = False
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            temporary = _name_beside(path)
+            try:
+                os.close(_create(temporary))
+            finally:
+                _remove(temporary)
             return
-        except (OSError, ValueError) as error:
-            if self._path is None and isinstance(error, BrokenPipeError):
-                raise _OutputError("") from None
-            problem = f"cannot write to {self._name}: {_reason(error)}"
-        if self._path is not None:
-            _Result(None).write(pieces)
-            problem += "; the result is on standard output"
-        raise _OutputError(problem)
+        self._held = os.open(path, os.O_WRONLY)
+        if stat.S_ISREG(mode):
+            self.close()
 
     def close(self) -> None:
-        if self._path is not None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _error(self, error: Exception) -> _OutputError:
+        place = self._path or "standard output"
+        return _OutputError(f"cannot write to {place}: {_reason_of(error)}")
+
+    def write(self, make_pieces: _MakePieces) -> None:
+        """Write the result; one that the file does not take goes to standard output."""
+        try:
+            if not self._path:
+                _write_stream(sys.stdout, make_pieces())
+            elif self._held is not None:
+                _write_all(self._held, make_pieces())
+            elif not _replace(self._path, make_pieces):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                self._held = os.open(self._path, flags, 0o666)
+                _write_all(self._held, make_pieces())
+            self.close()  # this may fail as well as a write
+            return
+        except (OSError, ValueError) as error:
+            failure = self._error(error)
+            is_gone = isinstance(error, BrokenPipeError)
+        if is_gone and not self._path:
+            raise _ReaderLeftError("the reader of standard output left")
+        # A result was paid for and cannot be fetched again, so it goes where it still can.
+        if self._path:
             try:
-                try:
-                    self._file.close()
-                finally:
-                    if self._new:
-                        os.remove(os.path.realpath(self._path))
-            except OSError:
-                pass  # told by write, or somebody else took it away
+                _Result(None).write(make_pieces)
+                failure.reason += "; the result is on standard output"
+            except _OutputError as second:
+                failure.reason += f"; {second.reason}"
+        raise failure
 
-# ---- Command line: the commands, each from options to the document -----------------------------
 
-def _client(args: argparse.Namespace, report: _Reporter, method: str = "GET") -> Client:
-    """The client that options and environment ask for, and -v's account of where from."""
+def _name_beside(path: str) -> str:
+    """Return a name for a new file in the folder of a path."""
+    # A link stays, and what it names gets the result. A dangling one is no reason not to.
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name[:64]}.{os.urandom(6).hex()}.tmp")
+
+
+def _create(path: str) -> int:
+    """Create a file, with the mode that the umask gives a new one, and return its descriptor."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # it never was there, or has its final name by now
+
+
+def _replace(path: str, make_pieces: _MakePieces) -> bool:
+    """Write a new file and rename it to a path; return False where only overwriting will do."""
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        old = None
+    # The other names of a hard link would keep the old content, and so would whoever has the file
+    # open, as the shell has /dev/stdout.
+    is_open = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+    if old is not None:
+        is_plain = stat.S_ISREG(old.st_mode) and old.st_nlink == 1
+        if is_open or not is_plain:
+            return False
+    # A signal may come at any moment, so the name is known before there is a file of it.
+    temporary = _name_beside(path)
+    try:
+        try:
+            descriptor = _create(temporary)
+        except OSError:
+            return False
+        with open(descriptor, "wb", buffering=0):
+            # Root, or another member of a group, would take the file from its owner.
+            new = os.fstat(descriptor)
+            if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+                return False
+            if old and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+            _write_all(descriptor, make_pieces())
+        return _rename(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _rename(temporary: str, path: str) -> bool:
+    try:
+        os.replace(temporary, os.path.realpath(path))
+    except OSError:  # a mounted file, or another's in a folder such as /tmp
+        return False
+    return True
+
+
+# ---- Commands: each from its options to a document ----------------------------------------------
+
+
+def _client(args: argparse.Namespace, report: _Reporter) -> Client:
+    """Return the client that options and environment ask for, and explain where they are from."""
+    # The URL comes first, so that --verbose shows it where there is no token.
     url, source = resolve_api_url(args.api_url, os.environ)
-    proxy, proxy_source = _proxy(url, os.environ)
-    via = f"{_redacted_url(proxy)} from {proxy_source}" if proxy else "none"
-    report.note(_VERBOSE, f"API URL {url} from {source}; proxy {via}")
+    if source != "default":
+        report.url_source = source
+    proxy, proxy_source = _proxy_and_source(url, os.environ)
+    via = "none"
+    if proxy:
+        via = f"{_redacted_url(proxy)} from {proxy_source}"
+    report.explain(f"API URL {url} from {source}; proxy {via}")
     token, source = resolve_token(args.token_file, os.environ)
-    facts = "; ".join(_token_facts(token, _SCOPES[method], time.time()))
-    report.note(_VERBOSE, f"token from {source}: {facts}")
-    if url.startswith("http:") and not (re.match(_NEAR_URL, url) or _is_listed(url, _PRIVATE)):
-        report.note(_WARNING, f"the token goes to {url} unencrypted: use https")
-    client = Client(url, token, timeout=_TIMEOUT_SECONDS if args.timeout is None else args.timeout)
-    client._notify = report.note
+    report.secrets = [token]
+    if report.is_verbose:
+        facts = _token_facts(token, _SCOPES[_COMMANDS[args.command].method])
+        report.explain(f"token from {source}: {'; '.join(facts)}")
+    _, _, host = url.partition("://")
+    # A name without a dot is of this machine or of a compose file.
+    is_near = "." not in host and "[" not in host
+    if url.startswith("http:") and not is_near and not _is_listed(url, _PRIVATE):
+        report.warn(f"the token goes to {url} unencrypted: use https")
+    client = Client(url, token)
+    if args.timeout is not None:
+        client.timeout = args.timeout
+    client._observer = report
     return client
 
 
 def _status(args: argparse.Namespace, report: _Reporter) -> Document:
-    end = time.monotonic() + (args.wait or 0)
+    if not args.wait:
+        return _client(args, report).status()
+    report.show_progress(f" of {_rounded(args.wait)}  waiting for the platform")
+    try:
+        return _wait_for_platform(args, report)
+    finally:
+        report.show_progress("")
+
+
+def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
+    """Look at once, again after pauses, and a last time at the deadline."""
+    end = time.monotonic() + args.wait
     pause_seconds = 0.1
     client = None
     while True:
+        left = end - time.monotonic()
         try:
-            client = client or _client(args, report)  # there may be no token yet
-            left = max(end - time.monotonic(), 0.001) if args.wait else float("inf")
-            client.timeout = min(client.timeout or left, left)
+            # There may be no token yet.
+            client = client or _client(args, report)
+            # The last look may take a second.
+            client.timeout = min(args.timeout or _TIMEOUT_SECONDS, max(left, 1))
             document = client.status()
-            states = [item.get("state") for item in _items("status", document)]
-            if not args.wait or "starting" not in states:
+            states = [_cell(item, "state") for item in _items("status", document)]
+            waiting = [s for s in states if s.lower() in ("starting", "pending", "provisioning")]
+            if not waiting:
                 return document
-            reason = "the runner is starting"
+            reason = f"the runner is {_quoted(waiting[0])}"
         except BusContainersError as error:
-            if not (args.wait and error.retryable):
+            if not error.retryable and not isinstance(error, _MissingTokenError):
                 raise
-            # But for the advice of a lost exchange, which is about --timeout and --wait.
-            reason = str(error).partition("; " if isinstance(error, TransportError) else "\0")[0]
-        if time.monotonic() + pause_seconds >= end:
-            raise DeadlineError(f"the platform is not ready after {_about(args.wait)}: {reason}")
-        time.sleep(pause_seconds)
+            reason = str(error)
+            if isinstance(error, TransportError):  # whose advice is what is done here
+                reason = error.reason
+            asked_seconds = getattr(error, "retry_after_seconds", 0)
+            if asked_seconds <= 10:
+                pause_seconds = max(pause_seconds, asked_seconds)
+        if left <= 0:
+            text = f"the platform is not ready after {_rounded(args.wait)}: {reason}"
+            raise DeadlineError(text)
+        _pause(min(pause_seconds, left), report.tick)
         pause_seconds = min(2 * pause_seconds, _WAIT_PAUSE_SECONDS)
 
 
 def _run(args: argparse.Namespace, report: _Reporter) -> Document:
-    client = _client(args, report, "POST")
-    limit = args.timeout_seconds
-    if limit and args.timeout and args.timeout <= limit:
-        text = f"--timeout {args.timeout:g}s is not longer than --timeout-seconds {limit}"
-        report.note(_WARNING, f"{text}: the answer may come too late")
-    within = f" of {_about(limit or args.run_limit)}" if limit or args.run_limit else ""
-    name = f"{args.image or args.profile or _DEFAULT_PROFILE}: {' '.join(args.words)}"
-    options = {name: getattr(args, name) for name in ("profile", "image", "timeout_seconds")}
-    report.show_run(f"{within}  {name}")
-    report.run_state = "unknown"  # if a signal comes between the two
+    client = _client(args, report)
+    limit, timeout = args.timeout_seconds, args.timeout
+    if timeout is None:
+        timeout = _run_timeout(limit)
+    elif limit and 0 < timeout <= limit:
+        text = f"--timeout {timeout:g}s is not longer than --timeout-seconds {limit}"
+        report.warn(f"{text}: the answer may come too late")
+    within = ""
+    if limit or timeout:
+        within = f" of {_rounded(limit or timeout)}"
+    place = args.image or args.profile or _DEFAULT_PROFILE
+    report.show_progress(f"{within}  {place}: {' '.join(args.words)}")
+    options = {"profile": args.profile, "image": args.image, "timeout_seconds": limit}
     try:
-        document = client.run(args.words, timeout=args.run_limit, **options)
-        report.run_state = "finished"
+        document = client.run(args.words, timeout=timeout, **options)
     finally:
-        report.show_run("")
+        report.show_progress("")
+    if document.get("exit_code") in (126, 127):
+        text = f"the container could not start {_quoted(args.words[0])!r}"
+        hint = "an image is named by --image, a profile by --profile"
+        if len(args.words) == 1 and " " in args.words[0]:
+            hint = "leave out the quotes around the command, or use sh -c"
+        report.warn(f"{text}; {hint}")
     return document
 
 
+def _runs(args: argparse.Namespace, report: _Reporter) -> Document:
+    return _client(args, report).runs()
+
+
 def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
-    for run_id in args.words:
-        _path_segment(run_id)  # a bad one is told before anything is sent
-    client = _client(args, report, "DELETE")
-    deleted = []
+    client = _client(args, report)
     for run_id in args.words:
         try:
-            deleted.append(client.delete(run_id))
+            report.deleted.append(client.delete(run_id))
         except (TransportError, ProtocolError, ApiError) as error:
             report.error(error, args.command)
-    return deleted if len(args.words) > 1 else next(iter(deleted), None)
+    if len(args.words) > 1:
+        return report.deleted
+    return report.deleted[0] if report.deleted else None
 
 
-def _show_help(args: argparse.Namespace, _report: _Reporter) -> Any:
-    topic = args.words[0] if args.words else None
-    if topic and (args.format or topic not in _DESCRIPTIONS):
-        raise _UsageError(f"no {'document' if args.format else 'help'} about {_quoted(topic)!r}")
-    return _opencli() if args.format else _page(topic)
+def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
+    topic = "".join(args.words)
+    if topic and args.format:
+        raise _UsageError(f"there is one document of all commands: leave out {_quoted(topic)!r}")
+    if topic and topic not in _COMMANDS:
+        raise _UsageError(f"no help about {_quoted(topic)!r}: there is {_command_names()}")
+    if args.format:
+        return _opencli_document()
+    return _page(topic or None)
 
-# ---- Command line: from arguments to the exit code ----------------------------------------------
+
+# ---- From arguments to the exit code ------------------------------------------------------------
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return its exit code."""
-    if argv is None:  # what was typed is UTF-8, whatever the locale made of it
-        argv = [os.fsencode(word).decode(errors="surrogateescape") for word in sys.argv[1:]]
-    command, options, words = _split(argv)
-    report = _Reporter(options)
+    return _main(argv, None)
+
+
+# A process that `console` owns has its signals and descriptors taken care of; a host program's
+# process has not.
+def _main(argv: Sequence[str] | None, process: _Process | None) -> int:
+    """Run a command line; the one place that maps errors to exit codes."""
+    if argv is None:
+        argv = [_as_typed(word) for word in sys.argv[1:]]
+    command, options, words = _scan(argv)
+    report = _Reporter(options, process)
+    code = 1
+    if command in _COMMANDS:
+        code = _COMMANDS[command].failure_code
     try:
-        if "--help" in options or "--version" in options:
-            text = _page(command) if "--help" in options else f"{_PROGRAM} {__version__}\n"
-            _Result(None).write([text])
-            return 0
-        for number, word in enumerate(argv, 1):
-            if word != word.encode(errors="replace").decode():
-                raise _UsageError(f"argument {number} is not valid UTF-8: {word[:60]!a}")
-        return _executed(_parsed(command, options, words), report)
-    except _UsageError as error:
-        topic = f" {command}" if command in _DESCRIPTIONS else ""
-        error.args = (f"{error}; see `{_PROGRAM}{topic} --help`",)
-        report.error(error, command)
-        return 2
+        if process is not None:
+            process.prepare()
+        if ("--help", None) in options or ("--version", None) in options:
+            return _print_about(command, options)
+        _check_encoding(argv)
+        return _execute(_parse(command, options, words), report)
+    except _ReaderLeftError:
+        return code
     except BusContainersError as error:
         report.error(error, command)
-        return 125 if command == "run" else 1
-    except KeyboardInterrupt as signal:  # or SIGTERM, with its exit code
-        code = next(iter(signal.args), 130)
-        stop = BusContainersError("terminated" if code == 143 else "interrupted")
-        stop.run_state = getattr(signal, "run_state", report.run_state)
-        report.error(stop, command, "interrupted")
-        return int(code)
+        return 2 if isinstance(error, _UsageError) else code
+    except KeyboardInterrupt as interrupt:
+        return report.interrupt(interrupt, command)
+    except Exception as fault:  # noqa: BLE001 - a fault of ours is told in a line, like any other
+        return report.fault(fault, command, code)
 
 
-def _executed(args: argparse.Namespace, report: _Reporter) -> int:
-    """Run a parsed command line; return its exit code, if it is not that of an error."""
+def _print_about(command: str | None, options: _Options) -> int:
+    text = f"{_PROGRAM} {__version__}\n"
+    if ("--help", None) in options:
+        text = _page(command if command in _COMMANDS else None)
+    _Result(None).write(lambda: [text])
+    return 0
+
+
+def _check_encoding(argv: Sequence[str]) -> None:
+    for number, word in enumerate(argv, 1):
+        if word != word.encode(errors="replace").decode():
+            raise _UsageError(f"argument {number} is not valid UTF-8: {word[:60]!a}")
+
+
+def _as_typed(word: str) -> str:
     try:
-        if args.chdir is not None:
-            os.chdir(args.chdir)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--chdir {args.chdir}: {_reason(error)}") from None
-    commands: dict[str, Callable[[argparse.Namespace, _Reporter], Any]] = {
-        "status": _status, "run": _run, "runs": lambda *each: _client(*each).runs(),
-        "delete": _delete, "help": _show_help,
-    }
-    result = _Result(os.devnull if args.quiet else args.output)
-    try:
-        document = commands[args.command](args, report)
+        return os.fsencode(word).decode(errors="surrogateescape")  # whatever the locale
+    except UnicodeError:  # some locales decode what they cannot encode again
+        return f"{word}\udcff"  # which is refused
+
+
+def _execute(args: argparse.Namespace, report: _Reporter) -> int:
+    """Run a command; return its exit code where it does not fail."""
+    if args.chdir is not None:
         try:
-            if document is not None:
-                result.write(list(_FORMATS[args.format](args.command, document)))
-        except MemoryError:
-            raise _OutputError("not enough memory to write the result") from None
-        finally:
-            if args.command == "run" and args.format == "text" and not args.quiet:
-                report.write(_text_about_run(document))
+            os.chdir(args.chdir)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--chdir {args.chdir}: {_reason_of(error)}") from None
+    result = None if args.quiet else _Result(args.output)
+    functions = {"status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help}
+    try:
+        document = functions[args.command](args, report)
+        if args.command == "run":
+            return _finish_run(args, result, document, report)
+        _write_result(args, result, document)
+        return 1 if report.has_failed else 0
+    except KeyboardInterrupt:
+        _write_result(args, result, report.deleted or None)
+        raise
     finally:
-        result.close()
-    if args.command != "run":
-        return int(report.failed)
+        if result is not None:
+            result.close()
+
+
+def _write_result(args: argparse.Namespace, result: _Result | None, document: Any) -> None:
+    if document is None or result is None:
+        return
+    try:
+        result.write(lambda: _FORMATS[args.format](args.command, document))
+    except MemoryError:
+        raise _OutputError("not enough memory to write the result") from None
+
+
+def _finish_run(
+    args: argparse.Namespace, result: _Result | None, document: Document, report: _Reporter
+) -> int:
+    """Write a run's result and return the container's exit code, as far as it is one."""
+    import json
     code = document.get("exit_code")
+    shown = _quoted(json.dumps(code))
+    run = f"the run {_quoted(_cell(document, 'run_id'))}".strip()
+    try:
+        _write_result(args, result, document)
+    except _OutputError as error:
+        if not isinstance(error, _ReaderLeftError):
+            error.reason += f"; {run} ended with exit code {shown}"
+        raise
+    finally:
+        if args.format == "text" and not args.quiet:
+            report.run_ended(document)
+    # True is 1, too, and 37.0 is 37: what is not an integer in JSON must not become an exit code.
     if type(code) is not int:
-        run, code = (_quoted(_cell(document, name)) for name in ("run_id", "exit_code"))
-        raise ProtocolError(f"the exit_code of the run {run} is no integer: {code or 'null'}")
-    return min(128 - code if code < 0 else code, 255)
+        raise ProtocolError(f"the exit_code of {run} is not an integer: {shown}")
+    if code < 0:  # as a shell tells of a signal
+        code = 128 - code
+    return min(code, 255)
 
 
-def _text_about_run(document: Document) -> str:
-    """What the text format of a run says on standard error: the container's, and a line."""
-    names = ("stderr", "run_id", "exit_code", "duration_ms")
-    errors, *facts = (_cell(document, name) for name in names)
-    line = "{}: run {} ended with exit code {} after {} ms\n".format(_PROGRAM, *map(_quoted, facts))
-    return (errors if errors.endswith("\n") else errors and errors + "\n") + line
+class _Process:
+    """The process that `console` runs in: its signals and its standard descriptors."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self.signal_time = 0.0
+        self.is_writing = False  # a message
+
+    def prepare(self) -> None:
+        import gc
+        import signal
+        sys.unraisablehook = self._report_unraisable
+        # In the background of a script SIGINT is ignored, and stays so. PID 1 has no default.
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._interrupt)
+        gc.disable()  # a process this short has nothing to collect
+        for descriptor in (0, 1, 2):
+            try:
+                os.fstat(descriptor)
+            except OSError:  # it is closed, and a socket would take its number
+                os.open(os.devnull, os.O_RDWR)
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        if not self.signal_number:
+            # In this order: the handler of a second signal may come between the two.
+            self.signal_time = time.monotonic()
+            self.signal_number = number
+            if not self.is_writing:
+                raise _Interrupted(128 + number)
+        # A second one right after it must not keep the message from being told.
+        elif time.monotonic() - self.signal_time > 1:
+            self.signal_number = number
+            self.end(128 + number)
+
+    # An exception that is raised inside a callback of the interpreter, such as a weakref's or a
+    # destructor, is printed and lost. So the signal is recorded, and each tick looks here.
+    def check_signals(self) -> None:
+        if self.signal_number:
+            raise _Interrupted(128 + self.signal_number)
+
+    def _report_unraisable(self, unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+
+    def end(self, code: int) -> NoReturn:
+        """End the process; after a signal by that signal, or a shell would go on with its loop."""
+        if self.signal_number:
+            code = 128 + self.signal_number
+            if os.name == "posix":
+                import signal
+                signal.signal(self.signal_number, signal.SIG_DFL)
+                os.kill(os.getpid(), self.signal_number)  # for PID 1 this does nothing
+        os._exit(code)  # all is flushed, and a thread that is stuck in a look-up is left behind
 
 
 def console() -> NoReturn:
     """Run the process's command line, and end the process with its exit code."""
-    import gc, signal
-
-    def terminate(*_: object) -> NoReturn:
-        raise KeyboardInterrupt(143)
-
-    gc.disable()  # a process this short has nothing to collect
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, terminate)  # PID 1 has no default
-    while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # or a socket would take the number of a standard stream that is closed
-    for fd in (1, 2) if hasattr(os, "set_blocking") else ():
-        os.set_blocking(fd, True)  # or a pipe that is full would cut what is written
-    for name in {"SSL_CERT_FILE", "SSL_CERT_DIR"} - {n for n, value in os.environ.items() if value}:
-        os.environ.pop(name, None)  # OpenSSL takes an empty one for set
-    try:
-        code = main()
-    except KeyboardInterrupt as second:
-        code = next(iter(second.args), 130)
-    os._exit(code)  # all is flushed, and a thread stuck in the resolver is not waited for
+    process = _Process()
+    code: int | None = None
+    while True:  # once more at most: a signal interrupts once
+        try:
+            if code is None:
+                code = _main(None, process)
+            process.end(code)
+        except KeyboardInterrupt as interrupt:
+            code = getattr(interrupt, "exit_code", 130)
+            process.signal_number = process.signal_number or code - 128
 
 
 if __name__ == "__main__":

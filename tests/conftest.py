@@ -1,32 +1,34 @@
 # SPDX-License-Identifier: MIT
-"""What every test shares: the program under test, a stand-in platform, and a canary token.
+"""The fixtures of all tests, and the two tiers; tests/README.md says how to use them.
 
 `pytest --target=PATH` runs the same suite against another copy of the program: a `.pyz` built by
 another Python, an installed script, a vendored file. The default is the module in this checkout.
+`pytest --all` runs the second tier, too.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-# What the environment of the person who runs the tests must not change.
-_OURS = ("BUS_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_", "NO_COLOR", "REQUEST_METHOD")
+from hostile import Api, ApiServer, Certificates, Hostile, why_no_openssl
+from local_platform import Platform
+from support import CANARY, ROOT, InProcess, Program, Result, is_ours, skip_if
+
+__all__ = ["ROOT", "Program", "Result"]  # until converted: they are in support.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", default=str(ROOT / "bus_containers.py"), help="program under test")
+    parser.addoption("--all", action="store_true", help="run the second tier of tests, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,101 +37,122 @@ def pytest_configure(config: pytest.Config) -> None:
     In the background of a script SIGINT is ignored and under nohup SIGHUP, here and so by all that
     a test starts.
     """
+    target = Path(config.getoption("--target"))
+    if not target.exists():
+        raise pytest.UsageError(
+            f"{target} does not exist: build it first with `python3 zipapp/build.py`"
+        )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    target = Path(config.getoption("--target")).resolve()
+    target = target.resolve()
     sys.path.insert(0, str(target if target.suffix == ".pyz" else target.parent))
 
 
-class Result(NamedTuple):
-    """What one process of the program did; the streams are bytes."""
-
-    code: int
-    out: bytes
-    err: bytes
-    seconds: float
-
-    @property
-    def message(self) -> str:
-        return self.err.decode("utf-8")
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--all"):
+        return "both tiers of tests, which takes some minutes"
+    return "first tier of tests, about a minute; `pytest --all` runs the second tier, too"
 
 
-class Program:
-    """The program under test as real processes, in an environment that is all the test's own."""
-
-    def __init__(self, command: list[str], home: Path) -> None:
-        self.command = command
-        self.home = home
-        self.environ = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.upper().startswith(_OURS)
-        }
-        self.environ.update(HOME=str(home), LC_ALL="C.UTF-8", PYTHONDONTWRITEBYTECODE="1")
-        self.environ.pop("XDG_CONFIG_HOME", None)
-
-    def env(self, **changes: str | None) -> dict[str, str]:
-        merged = {**self.environ, **changes}
-        return {name: value for name, value in merged.items() if value is not None}
-
-    def start(
-        self, *args: str | bytes, env: dict[str, str | None] | None = None, **popen: object
-    ) -> subprocess.Popen[bytes]:
-        """Start it and return at once; the streams are pipes unless `popen` says otherwise."""
-        options: dict[str, object] = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "env": self.env(**(env or {})),
-            **popen,
-        }
-        return subprocess.Popen([*self.command, *args], **options)  # type: ignore[call-overload, no-any-return]
-
-    def __call__(
-        self,
-        *args: str | bytes,
-        env: dict[str, str | None] | None = None,
-        limit: float = 60,
-        input: bytes | None = None,  # noqa: A002 - as subprocess calls it
-        **popen: object,
-    ) -> Result:
-        """Run it to its end; `limit` seconds is when the test gives up on it."""
-        if input is not None:
-            popen["stdin"] = subprocess.PIPE
-        start = time.monotonic()
-        with self.start(*args, env=env, **popen) as process:
-            try:
-                out, err = process.communicate(input, timeout=limit)
-            except BaseException:
-                process.kill()
-                raise
-        return Result(process.returncode, out or b"", err or b"", time.monotonic() - start)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("second_tier")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("second_tier")]
 
 
-@pytest.fixture(scope="session")
-def command(request: pytest.FixtureRequest) -> list[str]:
-    target = Path(request.config.getoption("--target")).resolve()
-    return [sys.executable, str(target)] if target.suffix in (".py", ".pyz") else [str(target)]
-
-
-@pytest.fixture
-def program(command: list[str], tmp_path: Path) -> Program:
-    """The program with an empty HOME and no Bus variable set."""
-    home = tmp_path / "home"
-    home.mkdir()
-    return Program(command, home)
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests in process see no proxy, token or URL of the person who runs them."""
+    for name in list(os.environ):
+        if is_ours(name):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
 def canary() -> str:
     """A token that may turn up in no output whatever."""
-    return "canary.Zm9yYmlkZGVu.c2VjcmV0LXNpZ25hdHVyZQ"
+    return CANARY
 
 
-@pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tests in process see no proxy, token or URL of the person who runs them."""
-    for name in list(os.environ):
-        if name.upper().startswith(_OURS):
-            monkeypatch.delenv(name)
-    yield
+# --- the program ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def command(request: pytest.FixtureRequest) -> list[str]:
+    """The words that start the program under test."""
+    target = Path(request.config.getoption("--target")).resolve()
+    return [sys.executable, str(target)] if target.suffix in (".py", ".pyz") else [str(target)]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """An empty HOME."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder, in which `cli` and `program` work."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def program(command: list[str], home: Path, folder: Path) -> Program:
+    """The program as processes; all else is as for `cli`."""
+    return Program(command, home, folder)
+
+
+@pytest.fixture
+def cli(home: Path, folder: Path) -> InProcess:
+    """`main` in this process, with an empty HOME, in an empty folder, with no Bus variable set."""
+    return InProcess(home, folder)
+
+
+# --- servers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def _platform() -> Iterator[Platform]:
+    with Platform() as platform:
+        yield platform
+
+
+@pytest.fixture
+def platform(_platform: Platform) -> Platform:
+    """The faithful stand-in of the API, one server a session, as good as new for each test."""
+    _platform.reset()
+    return _platform
+
+
+@pytest.fixture(scope="session")
+def _api_server() -> Iterator[ApiServer]:
+    with ApiServer() as server:
+        yield server
+
+
+@pytest.fixture
+def api(_api_server: ApiServer) -> Iterator[Api]:
+    """A server that gives the answers a test puts in, one server a session, a URL for each test."""
+    with _api_server.open() as api:
+        yield api
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Hostile]]:
+    """Start a `Hostile` of these scripts, which ends with the test."""
+    with ExitStack() as stack:
+        yield lambda *scripts, **options: stack.enter_context(Hostile(*scripts, **options))
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """A certification authority and what it has issued."""
+    skip_if(why_no_openssl())
+    return Certificates(tmp_path_factory.mktemp("certificates"))

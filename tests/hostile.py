@@ -10,8 +10,11 @@ A script is a function of a `Connection`. A server counts what it was asked; a t
 
 from __future__ import annotations
 
-import os
+import errno
+import hmac
+import json
 import re
+import secrets
 import select
 import shlex
 import shutil
@@ -19,6 +22,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import warnings
@@ -27,10 +31,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
+from urllib.parse import unquote
 
-LIMIT = 20.0
-"""Seconds after which a test gives up on something that has to happen."""
+from support import DOCUMENTS, LIMIT, Spoken, chain, spoken, together
+
+# until converted: they are in support.py
+__all__ = ["LIMIT", "Spoken", "chain", "spoken", "together"]
 
 # --- connections and scripts ------------------------------------------------------------------
 
@@ -250,6 +257,9 @@ def void(_: object) -> None:
 # --- the server -------------------------------------------------------------------------------
 
 
+HostileT = TypeVar("HostileT", bound="Hostile")
+
+
 class Hostile:
     """A server on 127.0.0.1; the n-th connection is given to the n-th script, the last stays.
 
@@ -277,28 +287,43 @@ class Hostile:
         self._bugs: list[Exception] = []
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._socket = socket.socket()
-        if receive_buffer:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self._socket.bind((host, 0))
+        self._receive_buffer = receive_buffer
         self.host = host
+        self._socket = self._bound(0)
         self.port: int = self._socket.getsockname()[1]
         self.url = f"{scheme or ('https' if tls else 'http')}://{host}:{self.port}"
         self._listening = False
         if listening:
             self.listen()
 
+    def _bound(self, port: int) -> socket.socket:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self._receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
+        sock.bind((self.host, port))
+        return sock
+
     def listen(self) -> None:
         if not self._listening:
             self._listening = True
             self._socket.listen(64)
-            self._start(self._accept)
+            self._accepting = self._start(self._accept)
+
+    def refuse(self) -> None:
+        """Refuse connections from now on, until `listen()`."""
+        if self._listening:
+            self._listening = False
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept()
+            self._accepting.join(LIMIT)
+            self._socket.close()
+            self._socket = self._bound(self.port)
 
     def methods(self) -> list[str]:
         """The methods of the requests that came, in order."""
         return [request.split(b" ", 1)[0].decode("ascii") for request in self.requests]
 
-    def __enter__(self) -> Hostile:
+    def __enter__(self: HostileT) -> HostileT:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -306,7 +331,7 @@ class Hostile:
         if self._listening:  # wakes accept()
             with socket.socket() as knock:
                 knock.connect((self.host, self.port))
-            self._threads[0].join(LIMIT)
+            self._accepting.join(LIMIT)
         for sock in self._open:
             try:
                 sock.shutdown(socket.SHUT_RDWR)
@@ -318,14 +343,18 @@ class Hostile:
         self._socket.close()
         assert not self._bugs, self._bugs
 
-    def _start(self, work: Callable[..., None], *args: object) -> None:
+    def _start(self, work: Callable[..., None], *args: object) -> threading.Thread:
         thread = threading.Thread(target=work, args=args, daemon=True, name="hostile")
         self._threads.append(thread)
         thread.start()
+        return thread
 
     def _accept(self) -> None:
         while True:
-            sock, _ = self._socket.accept()
+            try:
+                sock, _ = self._socket.accept()
+            except OSError:  # `refuse`
+                return
             if self.ending.is_set():
                 sock.close()
                 return
@@ -352,6 +381,77 @@ class Hostile:
             sock.close()
 
 
+class Api:
+    """What one test sees of an `ApiServer`: a URL of its own, its answers, its requests.
+
+    It answers each command properly until a test says otherwise. The last answer is given again.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.requests: list[bytes] = []
+        self._messages: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def answers(self, *bodies: object, status: str = "200 OK") -> Api:
+        """Answer with these bodies, one after the other; what is not bytes is made JSON."""
+        as_bytes = (b if isinstance(b, bytes) else json.dumps(b).encode() for b in bodies)
+        return self.sends(*(message(body, status) for body in as_bytes))
+
+    def sends(self, *messages: bytes) -> Api:
+        """Send these whole messages, one after the other; `message()` makes them."""
+        self._messages = [*messages]
+        return self
+
+    def methods(self) -> list[str]:
+        return [request.split(b" ", 1)[0].decode("ascii") for request in self.requests]
+
+    def take(self, request: bytes) -> bytes:
+        """Keep a request, and return what to send."""
+        with self._lock:
+            self.requests.append(request)
+            if len(self._messages) > 1:
+                return self._messages.pop(0)
+            return self._messages[0] if self._messages else self._proper(request)
+
+    def _proper(self, request: bytes) -> bytes:
+        method, target, _ = request.split(b" ", 2)
+        name = {b"POST": "run", b"DELETE": "delete"}.get(method) or target.decode().split("/")[-1]
+        document = DOCUMENTS[name]
+        if name == "delete":
+            document = {**document, "run_id": unquote(target.decode().split("/")[-1])}
+        return message(json.dumps(document).encode())
+
+
+class ApiServer(Hostile):
+    """A server for a whole session: the first part of the path says whose test a request is.
+
+    A request that comes late, when its test has ended, is nobody's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._serve)
+        self._tests: dict[str, Api] = {}
+        self._count = 0
+
+    @contextmanager
+    def open(self) -> Iterator[Api]:
+        self._count += 1
+        name = f"t{self._count}"
+        self._tests[name] = Api(f"{self.url}/{name}")
+        try:
+            yield self._tests[name]
+        finally:
+            del self._tests[name]
+
+    def _serve(self, connection: Connection) -> None:
+        request = connection.read_request()
+        self.requests.clear()
+        api = self._tests.get(request.split(b"/", 2)[1].decode("ascii", "replace"))
+        if api is not None:
+            connection.send(api.take(request))
+
+
 @contextmanager
 def refused_port() -> Iterator[int]:
     """A port that refuses every connection and that nobody else can take meanwhile."""
@@ -360,30 +460,54 @@ def refused_port() -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
-@contextmanager
-def full_port(*hosts: str) -> Iterator[int]:
+class FullPort:
     """A port, on each of the hosts, whose queue is full: a connection is neither made nor refused.
 
-    Linux only; elsewhere a full queue may refuse.
+    Any port that is free, unless one is given. Linux only; elsewhere a full queue may refuse.
     """
-    sockets: list[socket.socket] = []
-    try:
-        port = 0
-        for host in hosts or ("127.0.0.1",):
-            listener = socket.socket()
-            sockets.append(listener)
-            listener.bind((host, port))
-            port = listener.getsockname()[1]
+
+    def __init__(self, *hosts: str, port: int = 0) -> None:
+        self._hosts = hosts or ("127.0.0.1",)
+        self._sockets: list[socket.socket] = []
+        self._fillers: set[int] = set()  # their own ports
+        self.port = port
+        self.url = ""
+
+    def __enter__(self) -> FullPort:
+        for host in self._hosts:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.socket(family)
+            self._sockets.append(listener)
+            listener.bind((host, self.port))
+            self.port = listener.getsockname()[1]
             listener.listen(0)
             for _ in range(4):
-                filler = socket.socket()
-                sockets.append(filler)
+                filler = socket.socket(family)
+                self._sockets.append(filler)
                 filler.setblocking(False)
-                filler.connect_ex((host, port))
-        yield port
-    finally:
-        for sock in sockets:
+                filler.connect_ex((host, self.port))
+                self._fillers.add(filler.getsockname()[1])
+        self.url = f"http://{self._hosts[0]}:{self.port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in self._sockets:
             sock.close()
+
+    def clients(self) -> int:
+        """How many sockets are waiting to be connected to the port, the fillers apart."""
+        found: set[str] = set()
+        for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+            table = path.read_text() if path.exists() else ""
+            found.update(re.findall(rf":([0-9A-F]{{4}}) [0-9A-F]+:{self.port:04X} 02 ", table))
+        return len({int(port, 16) for port in found} - self._fillers)
+
+    def await_client(self, limit: float = LIMIT) -> bool:
+        """Wait until a client is connecting."""
+        end = time.monotonic() + limit
+        while not self.clients() and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.clients() > 0
 
 
 # --- certificates -----------------------------------------------------------------------------
@@ -463,6 +587,95 @@ def why_no_openssl() -> str:
     return "" if shutil.which("openssl") else "no openssl command to make certificates with"
 
 
+class AlertingTls:
+    """TLS 1.2 as a server, over a `Connection`: it sends any alert at any moment.
+
+    Python's ssl makes the handshake and reads. It sends no alerts but its own, so what is sent
+    after the handshake is sealed here, with the key that RFC 5246 and RFC 7905 derive.
+    """
+
+    def __init__(self, connection: Connection, certificates: Certificates) -> None:
+        self._connection = connection
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = certificates.context(certificates.good)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("ECDHE-ECDSA-CHACHA20-POLY1305")
+        with tempfile.NamedTemporaryFile() as log:
+            context.keylog_filename = log.name
+            self._tls = context.wrap_bio(self._in, self._out, server_side=True)
+            hello = self._shake_hands()
+            client_random, master = map(bytes.fromhex, Path(log.name).read_text().split()[-2:])
+        seed = b"key expansion" + hello[11:43] + client_random
+        block, chained = b"", seed
+        while len(block) < 88:
+            chained = hmac.digest(master, chained, "sha256")
+            block += hmac.digest(master, chained + seed, "sha256")
+        self._key, self._iv = block[32:64], block[76:88]
+        self._records = 1  # sent under the key; the first ended the handshake
+
+    def _shake_hands(self) -> bytes:
+        """Return the first that was sent, which begins with the server's hello."""
+        first = b""
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            sent = self._out.read()
+            first = first or sent
+            self._connection.send(sent)
+            if self._tls.cipher():
+                return first
+            self._receive()
+
+    def _receive(self) -> None:
+        data = self._connection.sock.recv(65536)
+        if not data:
+            raise ConnectionError("the client left")
+        self._in.write(data)
+
+    def read_request(self) -> None:
+        """Read a request whose body is JSON, and count it."""
+        request = b""
+        while not request.endswith(b"}"):
+            try:
+                request += self._tls.read(65536)
+            except ssl.SSLWantReadError:
+                self._receive()
+        self._connection.server.requests.append(request)
+
+    def send(self, data: bytes) -> None:
+        self._seal(23, data)
+
+    def alert(self, number: int) -> None:
+        """Send a fatal alert."""
+        self._seal(21, bytes([2, number]))
+
+    def _seal(self, kind: int, data: bytes) -> None:
+        header = struct.pack(">QBHH", self._records, kind, 0x303, len(data))
+        nonce = bytes(a ^ b for a, b in zip(self._iv, struct.pack(">4xQ", self._records)))
+        command = f"openssl enc -chacha20 -K {self._key.hex()} -iv {bytes(4).hex()}{nonce.hex()}"
+        made = subprocess.run(
+            command.split(), input=bytes(64 + len(data)), stdout=subprocess.PIPE, check=True
+        )
+        stream = made.stdout
+        sealed = bytes(a ^ b for a, b in zip(data, stream[64:]))
+        sealed += poly1305(stream[:32], header, sealed)
+        self._records += 1
+        self._connection.send(struct.pack(">BHH", kind, 0x303, len(sealed)) + sealed)
+
+
+def poly1305(key: bytes, *parts: bytes) -> bytes:
+    """The tag of RFC 8439 for these parts, padded and counted."""
+    text = b"".join(part + bytes(-len(part) % 16) for part in parts)
+    text += struct.pack("<QQ", *map(len, parts))
+    factor = int.from_bytes(key[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
+    tag = 0
+    for at in range(0, len(text), 16):
+        tag = (tag + int.from_bytes(text[at : at + 16] + b"\1", "little")) * factor % (2**130 - 5)
+    return ((tag + int.from_bytes(key[16:], "little")) % 2**128).to_bytes(16, "little")
+
+
 # --- name resolution, really ------------------------------------------------------------------
 
 
@@ -492,37 +705,39 @@ def with_files(command: Sequence[str], files: dict[str, Path]) -> list[str]:
 
 
 class NameServer:
-    """A DNS server on 127.53.x.y, port 53: each query is answered by `reply(how many came before)`.
+    """A DNS server at `address`, port 53: each query is answered by `reply(how many came before)`.
+
+    The address is a loopback one that no other server has, in whatever process.
 
     `reply` gives an IPv4 address, "" for "no such name", or None for no reply at all. Only queries
-    for IPv4 addresses are counted; the others of the pair get no address.
+    for IPv4 addresses are counted; the others of the pair get `ipv6`, or no address.
     """
 
-    ADDRESS = "127.53.{}.{}".format(*divmod(os.getpid() % 65536, 256))  # two runs, two servers
-
-    def __init__(self, reply: Callable[[int], str | None]) -> None:
+    def __init__(self, reply: Callable[[int], str | None], ipv6: str = "") -> None:
         self.queries = 0
         self.reached = threading.Event()
         self._reply = reply
+        self._ipv6 = ipv6
         self._seen: set[bytes] = set()
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._thread = threading.Thread(target=self._serve, daemon=True)
+        self.address = ""
 
     def __enter__(self) -> NameServer:
-        self._socket.bind((self.ADDRESS, 53))
+        self.address = bind_name_server(self._socket)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stop:
-            stop.sendto(b"", (self.ADDRESS, 53))
+            stop.sendto(b"", (self.address, 53))
         self._thread.join(LIMIT)
         self._socket.close()
 
     def files(self, folder: Path) -> dict[str, Path]:
         """What `with_files` needs for a program to ask this server."""
         resolv, nsswitch = folder / "resolv.conf", folder / "nsswitch.conf"
-        resolv.write_text(f"nameserver {self.ADDRESS}\n")
+        resolv.write_text(f"nameserver {self.address}\n")
         nsswitch.write_text("hosts: files dns\n")
         files = {"/etc/resolv.conf": resolv, "/etc/nsswitch.conf": nsswitch}
         return {name: path for name, path in files.items() if Path(name).exists()}
@@ -539,12 +754,28 @@ class NameServer:
             self.queries += is_a
             if address is None:
                 continue
-            answers = int(is_a and address != "")
+            data = socket.inet_aton(address) if is_a and address else b""
+            if query[end - 4 : end - 2] == b"\0\x1c" and self._ipv6:
+                data = socket.inet_pton(socket.AF_INET6, self._ipv6)
             flags = 0x8180 if address else 0x8183  # NXDOMAIN
-            reply = query[:2] + struct.pack(">5H", flags, 1, answers, 0, 0) + query[12:end]
-            if answers:
-                reply += struct.pack(">3HIH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address)
+            reply = query[:2] + struct.pack(">5H", flags, 1, bool(data), 0, 0) + query[12:end]
+            if data:
+                kind = 1 if is_a else 28
+                reply += struct.pack(">3HIH", 0xC00C, kind, 1, 0, len(data)) + data
             self._socket.sendto(reply, sender)
+
+
+def bind_name_server(sock: socket.socket) -> str:
+    """Bind the port of DNS on a loopback address of its own, and return that address."""
+    for attempt in range(100):
+        address = f"127.53.{secrets.randbelow(256)}.{1 + secrets.randbelow(254)}"
+        try:
+            sock.bind((address, 53))
+            return address
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or attempt == 99:
+                raise
+    raise AssertionError
 
 
 def why_no_name_server() -> str:
@@ -553,23 +784,20 @@ def why_no_name_server() -> str:
         return why_no_namespace()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            sock.bind((NameServer.ADDRESS, 53))
+            bind_name_server(sock)
         except OSError as error:
-            return f"{NameServer.ADDRESS}:53 cannot be bound: {error}"
+            return f"port 53 of a loopback address cannot be bound: {error}"
     return ""
 
 
-# --- a table at once --------------------------------------------------------------------------
+# --- until converted --------------------------------------------------------------------------
 
 CaseT = TypeVar("CaseT")
 OutcomeT = TypeVar("OutcomeT")
 
 
-class Herd(Generic[CaseT, OutcomeT]):
-    """Does the work of a whole table side by side, as most of it is waiting.
-
-    Each test then asks for the outcome of its own case. The first to ask starts all of them.
-    """
+class Herd(Generic[CaseT, OutcomeT]):  # until converted: `support.check_each` takes its place
+    """Does the work of a whole table side by side; the first test to ask starts all of it."""
 
     def __init__(
         self, work: Callable[[CaseT], OutcomeT], table: Sequence[CaseT], workers: int = 4
@@ -591,47 +819,7 @@ class Herd(Generic[CaseT, OutcomeT]):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def together(*calls: Callable[[], OutcomeT]) -> list[OutcomeT]:
-    """Make calls side by side that mostly wait, and return what they return."""
-    with Herd(lambda call: call(), calls, workers=len(calls)) as herd:
-        return [herd.outcome(call) for call in calls]
-
-
-# --- what a message of the client may and must say --------------------------------------------
-
-
-class Spoken(NamedTuple):
-    """The lines of standard error, sorted by what they are."""
-
-    text: str
-    errors: list[str]
-    warnings: list[str]
-
-    @property
-    def advises(self) -> bool:
-        """It says that the run may be executing, and how to find and stop it."""
-        return "bus-containers runs" in self.text and "bus-containers delete" in self.text
-
-
-def spoken(err: bytes) -> Spoken:
-    """Read a program's standard error, with what holds for every message of the client."""
-    text = err.decode("utf-8")
-    assert "Traceback" not in text, text
-    assert not re.search(r"(?i)</|<(!doctype|html|head|body|h1|hr|center|script)\b", text), text
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), repr(text)
-    told = [line for line in text.splitlines() if line.startswith("bus-containers: ")]
-    warned = [line for line in told if line.startswith("bus-containers: warning")]
-    return Spoken(text, [line for line in told if line not in warned], warned)
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and all that hang behind it."""
-    waiting: list[Any] = [error]
-    seen: set[int] = set()
-    while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        waiting += [one.__cause__, one.__context__]
+@contextmanager
+def full_port(*hosts: str) -> Iterator[int]:  # until converted: `FullPort`
+    with FullPort(*hosts) as full:
+        yield full.port

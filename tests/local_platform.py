@@ -6,7 +6,7 @@
 
 serves the API on a free loopback port, makes a token for a fresh account, points BUS_CONFIG_DIR
 and BUS_AI_API_URL at the two, runs COMMAND, ends with its exit code and leaves nothing behind.
-Without COMMAND it serves until interrupted and prints the two exports.
+Without COMMAND it serves until interrupted and prints the two exports, for another shell.
 
 It checks what the real provider checks: the token's signature, times, audience and scope, the
 request's body and content type, whose run it is, billing. A run really runs: as a process in a
@@ -433,6 +433,19 @@ class Platform:
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
+    def reset(self) -> None:
+        """As good as new: other accounts, no run, no request, no billing error; the same URL."""
+        with self._lock:
+            runs = list(self._runs.values())
+            self._runs = {}
+        for run in runs:
+            run.kill(KILLED)
+            run.ended.wait()
+        self.billing, self.runs_in_status, self.images = None, False, dict(PROFILE_IMAGES)
+        self.account, self.other_account = str(uuid.uuid4()), str(uuid.uuid4())
+        self.requests = []
+        self._write_tokens()
+
     def token(
         self,
         *,
@@ -510,8 +523,8 @@ class Platform:
 
     def _write_tokens(self) -> None:
         auth = self.config_dir / "auth"
-        self.config_dir.mkdir(mode=0o700)
-        auth.mkdir(mode=0o700)
+        self.config_dir.mkdir(mode=0o700, exist_ok=True)
+        auth.mkdir(mode=0o700, exist_ok=True)
         owners = {"api-token": self.account, "other-token": self.other_account}
         for name, account in owners.items():
             (auth / name).touch(mode=0o600)
@@ -738,6 +751,8 @@ def main(argv: list[str] | None = None) -> int:
             return run_command(command, {**kept, **ours}, reader, writer)
         for name, value in ours.items():
             print(f"export {name}={shlex.quote(value)}", flush=True)
+        told = "serves the container API until Ctrl-C; set the two variables in another shell"
+        print(f"local_platform.py: {told}", file=sys.stderr, flush=True)
         reader.recv(1)
         return 0
 

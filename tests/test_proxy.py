@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Proxies, with the rules of Go's golang.org/x/net/http/httpproxy (CONTRACT section 2).
+"""Proxies, by the rules of Go's golang.org/x/net/http/httpproxy: promises 2.4, 2.5 and 6.4.
 
-`resolve_proxy` against a table; then the program through a real forward proxy, tinyproxy, which
-finds the made-up host `platform.test` in an /etc/hosts of its own; then through proxies that
-misbehave. Whatever a proxy does before there is a tunnel, no run was started.
+`resolve_proxy` against tables and a model; then the program through proxies that behave, tinyproxy
+among them, and through proxies that do not. Before there is a tunnel no run was started.
 """
 
 from __future__ import annotations
 
 import base64
 import gc
+import ipaddress
 import os
+import random
 import re
 import shutil
 import socket
@@ -18,300 +19,591 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-from conftest import Program, Result
+import bus_containers
 from hostile import (
-    LIMIT,
     Certificates,
     Connection,
-    Herd,
     Hostile,
     Script,
     answer,
-    message,
     refused_port,
-    spoken,
-    together,
     why_no_namespace,
-    why_no_openssl,
     with_files,
 )
+from support import (
+    BODIES,
+    CANARY,
+    DOCUMENTS,
+    LIMIT,
+    Caller,
+    Env,
+    InProcess,
+    Program,
+    Result,
+    as_json,
+    check_each,
+    check_failure,
+    second_tier,
+    skip_if,
+    tiers,
+    words,
+)
 
-RUN = ("run", "--", "true")
-RESULT = b'{"run_id":"run-1","exit_code":0,"stdout":"OK","stderr":""}'
+CASES = 10_000
+PROXY = "http://proxy.example:3128"
+OTHER = "http://other.example:8080"
 USER, PASSWORD = "proxy-user", "pr0xy-pa55word"
-Env = dict[str, "str | None"]
 
 # --- which proxy, if any ----------------------------------------------------------------------
 
-PROXY = "http://proxy.example:3128"
-
-
-class Rule(NamedTuple):
-    """A URL, the variables, and the proxy expected: PROXY, or None for a direct connection."""
-
-    id: str
-    url: str
-    environ: dict[str, str]
-    proxy: str | None = PROXY
-
-
-def http(name: str, url: str, no_proxy: str, proxy: str | None = PROXY) -> Rule:
-    return Rule(name, url, {"HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY, "NO_PROXY": no_proxy}, proxy)
-
-
-def direct(name: str, url: str, no_proxy: str = "") -> Rule:
-    return http(name, url, no_proxy, None)
-
-
-OTHER = "http://other.example:8080"
-RULES = [
-    # the variables
-    Rule("none-set", "http://a.example", {}, None),
-    Rule("http", "http://a.example", {"HTTP_PROXY": PROXY}),
-    Rule("http-not-for-https", "https://a.example", {"HTTP_PROXY": PROXY}, None),
-    Rule("https", "https://a.example", {"HTTPS_PROXY": PROXY}),
-    Rule("https-not-for-http", "http://a.example", {"HTTPS_PROXY": PROXY}, None),
-    Rule("lower-case-http", "http://a.example", {"http_proxy": PROXY}),
-    Rule("lower-case-https", "https://a.example", {"https_proxy": PROXY}),
-    Rule("upper-first", "http://a.example", {"http_proxy": OTHER, "HTTP_PROXY": PROXY}),
-    Rule("empty-is-unset", "http://a.example", {"HTTP_PROXY": "", "http_proxy": PROXY}),
-    Rule("both-empty", "http://a.example", {"HTTP_PROXY": "", "http_proxy": ""}, None),
-    Rule("all-proxy-is-unknown", "http://a.example", {"ALL_PROXY": PROXY}, None),
-    Rule(
-        "no-proxy-upper-first",
-        "http://a.example",
-        {"HTTP_PROXY": PROXY, "NO_PROXY": "b.example", "no_proxy": "a.example"},
-    ),
-    Rule(
-        "no-proxy-empty-is-unset",
-        "http://a.example",
-        {"HTTP_PROXY": PROXY, "NO_PROXY": "", "no_proxy": "a.example"},
-        None,
-    ),
+A = "http://a.example"
+S = "https://a.example"
+BOTH = {"HTTP_PROXY": PROXY, "HTTPS_PROXY": PROXY}
+VARIABLES = [
+    (A, {}, None),
+    (A, {"HTTP_PROXY": PROXY}, PROXY), (S, {"HTTP_PROXY": PROXY}, None),
+    (S, {"HTTPS_PROXY": PROXY}, PROXY), (A, {"HTTPS_PROXY": PROXY}, None),
+    (A, {"http_proxy": PROXY}, PROXY), (S, {"https_proxy": PROXY}, PROXY),
+    (A, {"http_proxy": OTHER, "HTTP_PROXY": PROXY}, PROXY),
+    (A, {"HTTP_PROXY": "", "http_proxy": PROXY}, PROXY),
+    (A, {"HTTP_PROXY": "", "http_proxy": ""}, None),
+    (A, {"ALL_PROXY": PROXY}, None),
+    (A, {**BOTH, "NO_PROXY": "b.example", "no_proxy": "a.example"}, PROXY),
+    (A, {**BOTH, "NO_PROXY": "", "no_proxy": "a.example"}, None),
     # a server that runs this as a CGI script must not let its client choose the proxy
-    Rule("cgi-http", "http://a.example", {"HTTP_PROXY": PROXY, "REQUEST_METHOD": "GET"}, None),
-    Rule("cgi-lower", "http://a.example", {"http_proxy": PROXY, "REQUEST_METHOD": "GET"}, None),
-    Rule("cgi-https", "https://a.example", {"HTTPS_PROXY": PROXY, "REQUEST_METHOD": "GET"}),
-    Rule("cgi-empty", "http://a.example", {"HTTP_PROXY": PROXY, "REQUEST_METHOD": ""}),
-    # the proxy's own spelling
-    Rule("no-scheme", "http://a.example", {"HTTP_PROXY": "proxy.example:3128"}),
-    Rule("no-scheme-address", "http://a.example", {"HTTP_PROXY": "127.0.0.1:8080"},
-         "http://127.0.0.1:8080"),
-    Rule("no-scheme-bare-name", "http://a.example", {"HTTP_PROXY": "proxy"}, "http://proxy"),
-    Rule("no-scheme-localhost", "http://a.example", {"HTTP_PROXY": "localhost:3128"},
-         "http://localhost:3128"),
-    Rule("userinfo", "http://a.example", {"HTTP_PROXY": "http://u:p@proxy.example:3128"},
-         "http://u:p@proxy.example:3128"),
-    Rule("userinfo-no-scheme", "http://a.example", {"HTTP_PROXY": "u:p@proxy.example:3128"},
-         "http://u:p@proxy.example:3128"),
-    Rule("ipv6-proxy", "http://a.example", {"HTTP_PROXY": "http://[::1]:3128"},
-         "http://[::1]:3128"),
-    # loopback is always direct
-    direct("localhost", "http://localhost:8080"),
-    direct("localhost-https", "https://localhost"),
-    direct("localhost-capitals", "http://LocalHost:8080"),
-    direct("127.0.0.1", "http://127.0.0.1:8080"),
-    direct("127.8.9.10", "http://127.8.9.10"),
-    direct("ipv6-loopback", "http://[::1]:8080"),
-    direct("ipv6-loopback-long", "http://[0:0:0:0:0:0:0:1]:8080"),
-    direct("ipv6-mapped-loopback", "http://[::ffff:127.0.0.1]"),
-    direct("127.1", "http://127.1:8080"),
-    http("ipv6-not-loopback", "http://[::2]", ""),
-    http("localhost-as-prefix", "http://localhost.example", ""),
-    http("private-is-not-loopback", "http://10.0.0.1", ""),
-    # names
-    direct("name", "http://example.com", "example.com"),
-    direct("name-covers-subdomains", "http://a.b.example.com", "example.com"),
-    http("name-is-no-suffix-of-a-label", "http://notexample.com", "example.com"),
-    http("part-of-a-name", "http://example.com", "ample.com"),
-    http("name-covers-no-parent", "http://example.com", "sub.example.com"),
-    direct("suffix", "http://sub.example.com", ".example.com"),
-    http("suffix-is-not-the-name", "http://example.com", ".example.com"),
-    direct("wildcard", "http://sub.example.com", "*.example.com"),
-    direct("wildcard-deep", "http://a.b.example.com", "*.example.com"),
-    http("wildcard-is-not-the-name", "http://example.com", "*.example.com"),
-    http("wildcard-is-no-glob", "http://sub.example.com", "s*.example.com"),
-    direct("case-of-entry", "http://example.com", "EXAMPLE.Com"),
-    direct("case-of-host", "http://Sub.Example.COM", "example.com"),
-    direct("bare-name", "http://platform:8080", "platform"),
-    direct("all", "http://example.com", "*"),
-    direct("all-in-a-list", "http://example.com", "a.example, *"),
-    direct("all-and-addresses", "https://[2001:db8::1]", "*"),
-    http("all-only-alone", "http://example.com", "**"),
-    # lists
-    direct("list", "http://example.com", "a.example,example.com,b.example"),
-    direct("blanks", "http://example.com", "  a.example ,\texample.com  , "),
-    http("blanks-do-not-separate", "http://example.com", "a.example example.com b.example"),
-    http("empty-entries", "http://example.com", ",,  ,"),
-    http("no-host", "http://example.com", ":80,:1"),
-    # ports
-    direct("port", "http://example.com:8080", "example.com:8080"),
-    http("other-port", "http://example.com:8081", "example.com:8080"),
-    direct("default-port-of-http", "http://example.com", "example.com:80"),
-    direct("default-port-of-https", "https://example.com", "example.com:443"),
-    http("port-80-is-not-https", "https://example.com", "example.com:80"),
-    direct("no-port-is-any-port", "http://example.com:9", "example.com"),
-    direct("suffix-with-port", "http://a.example.com:8080", ".example.com:8080"),
-    http("suffix-with-other-port", "http://a.example.com", ".example.com:8080"),
-    direct("wildcard-with-port", "http://a.example.com:8080", "*.example.com:8080"),
-    # addresses
-    direct("ipv4", "http://192.168.1.1", "192.168.1.1"),
-    http("other-ipv4", "http://192.168.1.10", "192.168.1.1"),
-    direct("ipv4-with-port", "http://192.168.1.1:81", "192.168.1.1:81"),
-    http("ipv4-with-other-port", "http://192.168.1.1:80", "192.168.1.1:81"),
-    direct("ipv6", "http://[2001:db8::52:0:1]", "2001:db8::52:0:1"),
-    direct("ipv6-another-spelling", "http://[2001:DB8:0:0:0:52:0:1]", "2001:db8::52:0:1"),
-    http("other-ipv6", "http://[2001:db8::52:0:2]", "2001:db8::52:0:1"),
-    direct("ipv6-with-port", "https://[2001:db8::1]:8443", "[2001:db8::1]:8443"),
-    direct("ipv6-with-default-port", "https://[2001:db8::1]", "[2001:db8::1]:443"),
-    http("ipv6-with-other-port", "https://[2001:db8::1]", "[2001:db8::1]:80"),
-    # blocks
-    direct("cidr", "http://10.200.3.4", "10.0.0.0/8"),
-    http("outside-cidr", "http://11.0.0.1", "10.0.0.0/8"),
-    direct("cidr-with-host-bits", "http://10.0.0.2", "10.0.0.1/30"),
-    http("outside-small-cidr", "http://10.0.0.4", "10.0.0.0/30"),
-    direct("cidr-any-port", "http://10.0.0.2:8080", "10.0.0.0/30"),
-    direct("cidr-of-one", "http://10.0.0.2", "10.0.0.2/32"),
-    direct("cidr-of-all-ipv4", "http://203.0.113.5", "0.0.0.0/0"),
-    http("cidr-of-all-ipv4-is-not-ipv6", "http://[2001:db8::1]", "0.0.0.0/0"),
-    direct("cidr-ipv6", "http://[2002:db8:a::123]", "2002:db8:a::45/64"),
-    http("outside-cidr-ipv6", "http://[2002:db8:b::123]", "2002:db8:a::45/64"),
-    http("cidr-never-resolves-names", "http://ten.example", "10.0.0.0/8"),
-    http("cidr-cut-short", "http://10.0.0.1", "10.0.0.0/33"),
-    direct("mapped-address-in-cidr", "http://[::ffff:10.0.0.1]", "10.0.0.0/8"),
-    direct("prefix-in-the-url", "http://example.com/CAP/v1", "example.com"),
+    (A, {**BOTH, "REQUEST_METHOD": "GET"}, None), (S, {**BOTH, "REQUEST_METHOD": "GET"}, PROXY),
+    (A, {"http_proxy": PROXY, "REQUEST_METHOD": "GET"}, None),
+    (A, {**BOTH, "REQUEST_METHOD": ""}, PROXY),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", RULES, ids=[rule.id for rule in RULES])
-def test_resolve_proxy(rule: Rule) -> None:
-    import bus_containers
+@pytest.mark.parametrize(("url", "environ", "proxy"), VARIABLES, ids=str)
+def test_which_variable_counts(url: str, environ: dict[str, str], proxy: str | None) -> None:
+    assert bus_containers.resolve_proxy(url, environ) == proxy
 
-    assert bus_containers.resolve_proxy(rule.url, rule.environ) == rule.proxy
+
+# How a proxy may be written, and what is made of it; what follows its port is ignored.
+SPELLINGS = {
+    **dict.fromkeys([
+        "proxy.example:3128", "HTTP://proxy.example:3128", f"{PROXY}/", f"{PROXY}//", f"{PROXY}/x",
+        f"{PROXY}/x/y.pac?z=1#top", f"{PROXY}?x", f"{PROXY}#x", "proxy.example:3128/x",
+    ], PROXY),
+    "127.0.0.1:8080": "http://127.0.0.1:8080",
+    "proxy": "http://proxy",
+    "localhost:3128": "http://localhost:3128",
+    "http://[::1]:3128/x": "http://[::1]:3128",
+    "http://proxy.example/x:y": "http://proxy.example",
+    "u:p@proxy.example:3128": "http://u:p@proxy.example:3128",
+    "http://u:p@proxy.example:3128/x": "http://u:p@proxy.example:3128",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "proxy"), SPELLINGS.items(), ids=SPELLINGS.keys())
+def test_how_a_proxy_is_written(value: str, proxy: str) -> None:
+    assert bus_containers.resolve_proxy(A, {"HTTP_PROXY": value}) == proxy
+
+
+# A URL and NO_PROXY, by what the pair shows.
+DIRECT = {
+    "loopback": [
+        ("http://localhost:8080", ""), ("https://localhost", ""), ("http://LocalHost:8080", ""),
+        ("http://127.0.0.1:8080", ""), ("http://127.8.9.10", ""), ("http://[::1]:8080", ""),
+        ("http://[0:0:0:0:0:0:0:1]:80", ""), ("http://[::ffff:127.0.0.1]", ""),
+        ("http://127.1:8080", ""),
+    ],
+    "name": [
+        ("http://example.com", "example.com"), ("http://a.b.example.com", "example.com"),
+        ("http://example.com", "EXAMPLE.Com"), ("http://Sub.Example.COM", "example.com"),
+        ("http://platform:8080", "platform"), ("http://example.com/CAP/v1", "example.com"),
+        ("http://example.com.", "example.com"), ("http://example.com", "*"),
+        ("http://example.com", "a.example, *"), ("https://[2001:db8::1]", "*"),
+    ],
+    "suffix": [
+        ("http://sub.example.com", ".example.com"), ("http://sub.example.com", "*.example.com"),
+        ("http://a.b.example.com", "*.example.com"),
+    ],
+    "list": [
+        ("http://example.com", "a.example,example.com,b.example"),
+        ("http://example.com", "  a.example ,\texample.com  , "),
+    ],
+    "port": [
+        ("http://example.com:8080", "example.com:8080"), ("http://example.com", "example.com:80"),
+        ("https://example.com", "example.com:443"), ("http://example.com:9", "example.com"),
+        ("http://a.example.com:8080", ".example.com:8080"),
+        ("http://a.example.com:8080", "*.example.com:8080"), ("http://a.test", "a.test:"),
+    ],
+    "address": [
+        ("http://192.168.1.1", "192.168.1.1"), ("http://192.168.1.1:81", "192.168.1.1:81"),
+        ("http://[2001:db8::52:0:1]", "2001:db8::52:0:1"),
+        ("http://[2001:DB8:0:0:0:52:0:1]", "2001:db8::52:0:1"),
+        ("https://[2001:db8::1]:8443", "[2001:db8::1]:8443"),
+        ("https://[2001:db8::1]", "[2001:db8::1]:443"),
+    ],
+    "block": [
+        ("http://10.200.3.4", "10.0.0.0/8"), ("http://10.0.0.2", "10.0.0.1/30"),
+        ("http://10.0.0.2:8080", "10.0.0.0/30"), ("http://10.0.0.2", "10.0.0.2/32"),
+        ("http://203.0.113.5", "0.0.0.0/0"), ("http://[2002:db8:a::123]", "2002:db8:a::45/64"),
+        ("http://10.0.0.2:8080", "10.0.0.0/8:8080"), ("http://10.0.0.2", "10.0.0.0/8:80"),
+    ],
+    "mapped": [  # the same address, as IPv4 and as IPv6
+        ("http://10.0.0.1", "::ffff:10.0.0.1"), ("http://10.0.0.1", "::FFFF:a00:1"),
+        ("http://[::ffff:10.0.0.1]", "::ffff:10.0.0.1"), ("http://[::ffff:10.0.0.1]", "10.0.0.1"),
+        ("http://10.0.0.1:81", "[::ffff:10.0.0.1]:81"), ("http://10.2.3.4", "::ffff:10.0.0.0/104"),
+        ("http://[::ffff:10.0.0.1]", "10.0.0.0/8"),
+    ],
+}  # fmt: skip
+PROXIED = {
+    "loopback": [("http://[::2]", ""), ("http://localhost.example", ""), ("http://10.0.0.1", "")],
+    "name": [
+        ("http://notexample.com", "example.com"), ("http://example.com", "ample.com"),
+        ("http://example.com", "sub.example.com"), ("http://example.com", "**"),
+    ],
+    "suffix": [
+        ("http://example.com", ".example.com"), ("http://example.com", "*.example.com"),
+        ("http://sub.example.com", "s*.example.com"),
+    ],
+    "list": [
+        ("http://example.com", "a.example example.com b.example"), ("http://example.com", ",,  ,"),
+        ("http://example.com", ":80,:1"),
+    ],
+    "port": [
+        ("http://example.com:8081", "example.com:8080"), ("https://example.com", "example.com:80"),
+        ("http://a.example.com", ".example.com:8080"), ("http://a.test", "a.test:\u00b2"),
+        ("http://a.test", f"a.test:{5000 * '8'}"),
+    ],
+    "address": [
+        ("http://192.168.1.10", "192.168.1.1"), ("http://192.168.1.1:80", "192.168.1.1:81"),
+        ("http://[2001:db8::52:0:2]", "2001:db8::52:0:1"),
+        ("https://[2001:db8::1]", "[2001:db8::1]:80"),
+    ],
+    "block": [
+        ("http://11.0.0.1", "10.0.0.0/8"), ("http://10.0.0.4", "10.0.0.0/30"),
+        ("http://[2001:db8::1]", "0.0.0.0/0"), ("http://[2002:db8:b::123]", "2002:db8:a::45/64"),
+        ("http://ten.example", "10.0.0.0/8"), ("http://10.0.0.1", "10.0.0.0/33"),
+        ("http://10.0.0.2:8081", "10.0.0.0/8:8080"),
+    ],
+    "mapped": [
+        ("http://10.0.0.2", "::ffff:10.0.0.1"), ("http://11.2.3.4", "::ffff:10.0.0.0/104"),
+    ],
+}  # fmt: skip
+
+
+def pairs(table: dict[str, list[tuple[str, str]]]) -> pytest.MarkDecorator:
+    rows = [pytest.param(*row, id=f"{name}{row}"[:60]) for name in table for row in table[name]]
+    return pytest.mark.parametrize(("url", "no_proxy"), rows)
+
+
+@pairs(DIRECT)
+def test_no_proxy_names_the_host(url: str, no_proxy: str) -> None:
+    assert bus_containers.resolve_proxy(url, {**BOTH, "NO_PROXY": no_proxy}) is None
+
+
+@pairs(PROXIED)
+def test_no_proxy_does_not_name_the_host(url: str, no_proxy: str) -> None:
+    assert bus_containers.resolve_proxy(url, {**BOTH, "NO_PROXY": no_proxy}) == PROXY
 
 
 def test_resolve_proxy_does_not_look_at_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bus_containers
-
     monkeypatch.setenv("HTTP_PROXY", PROXY)
-    assert bus_containers.resolve_proxy("http://a.example", {}) is None
+    assert bus_containers.resolve_proxy(A, {}) is None
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "socks5://proxy.example:1080",
-        "ftp://proxy.example",
-        "http://",
-        "http://proxy.example:port",
-        "http://proxy.example:99999",
-        "http://[::1",
-        "http://proxy example:80",
-    ],
-)
-def test_a_proxy_that_cannot_be_used_is_told(value: str) -> None:
-    import bus_containers
-
-    with pytest.raises(bus_containers.ConfigError, match="HTTP_PROXY"):
-        bus_containers.resolve_proxy("http://a.example", {"HTTP_PROXY": value})
+# A world so small that entries often hit.
+HOSTS = [
+    "localhost", "127.3.2.1", "::1", "10.0.0.1", "10.0.1.2", "10.1.0.3", "2001:db8::1:2",
+    "2001:db8::2:0", "example", "b.example", "api.example", "a.b.example", "test.com", "com.test",
+]  # fmt: skip
+ENTRIES = ["*", "", ".1", "0.1", "1", "com.", "**", "a*", "2001:db8::1:0/112", "2001:db8::/64"]
+ENTRIES += [f"{host}/{bits}" for host in HOSTS[3:6] for bits in (8, 15, 16, 23, 24, 31, 32)]
+ENTRIES += [
+    f"{start}{host}{port}"
+    for host in HOSTS
+    for start in ("", ".", "*.")
+    for port in ("", ":80", ":443", ":8080")
+    if host[0].isalpha() or not (start or (":" in host and port))
+]
+ENTRIES += [f"[{host}]:80" for host in HOSTS if ":" in host] + ["EXAMPLE", ".Example:80"]
 
 
-# --- the program, and what holds for everything it says ---------------------------------------
+def go_goes_direct(host: str, port: int, no_proxy: str) -> bool:
+    """Go's rules: golang.org/x/net/http/httpproxy, config.init and config.useProxy."""
+    try:
+        address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = ipaddress.ip_address(host)
+    except ValueError:
+        address = None
+    if host == "localhost" or (address is not None and address.is_loopback):
+        return True
+    for entry in no_proxy.split(","):
+        name = entry.strip().lower()
+        if name == "*":
+            return True
+        if "/" in name:
+            if address is not None and address in ipaddress.ip_network(name, strict=False):
+                return True
+            continue
+        if name.count(":") == 1 or name.startswith("["):
+            name, _, only = name.rpartition(":")
+            name = name.strip("[]")
+            if only != str(port):
+                continue
+        try:
+            if ipaddress.ip_address(name) == address:
+                return True
+        except ValueError:  # a name, which no address is matched with
+            suffix = name[1:] if name.startswith("*.") else name
+            both = suffix if suffix.startswith(".") else f".{suffix}"
+            if suffix and address is None and (host.endswith(both) or host == suffix):
+                return True
+    return False
 
 
-class Proxied(Program):
-    """The program; nothing it prints may hold the token or a proxy's user and password."""
-
-    def __call__(self, *args: Any, **options: Any) -> Result:
-        result = super().__call__(*args, **options)
-        both = f"{USER}:{PASSWORD}".encode()
-        secrets = (USER.encode(), PASSWORD.encode(), base64.b64encode(both)[:-4])
-        for secret in (*secrets, self.environ["BUS_AI_TOKEN"].encode()):
-            assert secret not in result.out + result.err
-        return result
-
-
-@pytest.fixture(scope="module")
-def cli(command: list[str], tmp_path_factory: pytest.TempPathFactory, canary: str) -> Proxied:
-    program = Proxied(command, tmp_path_factory.mktemp("home"))
-    program.environ["BUS_AI_TOKEN"] = canary
-    return program
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    if why_no_openssl():
-        pytest.skip(why_no_openssl())
-    return Certificates(tmp_path_factory.mktemp("certificates"))
+@pytest.mark.parametrize("cases", [CASES // 5, pytest.param(CASES, marks=second_tier)])
+def test_random_no_proxy(cases: int) -> None:
+    dice = random.Random(5)
+    direct = 0
+    for _ in range(cases):
+        host = dice.choice(HOSTS)
+        scheme = dice.choice(["http", "https"])
+        port = dice.choice([80, 443, 8080, None])
+        netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+        entries = dice.choices(ENTRIES, k=dice.randint(0, 4))
+        no_proxy = dice.choice([",", ", ", " ,"]).join(entries)
+        name = dice.choice(["NO_PROXY", "no_proxy"])
+        environ = {"HTTP_PROXY": PROXY, "https_proxy": PROXY, name: no_proxy}
+        got = bus_containers.resolve_proxy(f"{scheme}://{netloc}/prefix", environ)
+        effective = port or (443 if scheme == "https" else 80)
+        expected = None if go_goes_direct(host, effective, no_proxy) else PROXY
+        assert got == expected, (scheme, netloc, no_proxy)
+        direct += got is None
+    assert cases // 10 < direct < cases * 9 // 10, "the cases are not worth their time"
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An /etc/hosts that knows `platform.test`."""
-    path = tmp_path_factory.mktemp("etc") / "hosts"
-    path.write_text("127.0.0.1 localhost platform.test\n")
-    return path
+# --- a proxy that cannot be used --------------------------------------------------------------
+
+BAD_PROXIES = [
+    "socks5://proxy.example:1080", "https://proxy.example", "ftp://proxy.example", "http://",
+    "http://proxy.example:port", "http://proxy.example:99999", "http://[::1", ":8080",
+    "http://proxy example:80", f"http://{USER}:{PASSWORD}\u00e9@proxy.example",
+    f"http://{USER}:{PASSWORD}@[::1", f"http://{USER}:{PASSWORD}@proxy.example:port/x",
+]  # fmt: skip
 
 
-def refused(result: Result, code: int, *says: str, verbose: bool = False) -> str:
-    """Check a failure before any run; `says` are patterns in the message."""
-    told = spoken(result.err)
-    assert result.code == code, told.text
-    assert result.out == b""
-    assert len(told.errors) == 1 or verbose, told.text
-    for pattern in says:
-        assert re.search(pattern, told.errors[-1], re.I), (pattern, told.text)
-    assert not told.advises, told.text
-    return told.text
+@pytest.mark.parametrize("value", BAD_PROXIES)
+def test_a_proxy_that_cannot_be_used_is_told(value: str, cli: InProcess) -> None:
+    with pytest.raises(bus_containers.ConfigError, match=r"^http_proxy: ") as caught:
+        bus_containers.resolve_proxy(A, {"http_proxy": value})
+    assert "percent" not in str(caught.value)
+    error = check_failure(through(cli, A, value), 2, "HTTP_PROXY", "http://[USER:PASSWORD@]HOST")
+    for text in (error, str(caught.value)):
+        assert USER not in text
+        assert PASSWORD not in text
 
 
-VERBOSE = pytest.mark.parametrize(
-    "verbosity", [(), ("-vv",), ("--trace",)], ids=["", "vv", "trace"]
-)
+@pytest.mark.parametrize("character", "#/?")
+@pytest.mark.parametrize("scheme", ["http://", ""], ids=["scheme", "bare"])
+def test_a_raw_character_in_the_password_of_a_proxy(
+    scheme: str, character: str, cli: InProcess
+) -> None:
+    """Promise 2.5: refused with the hint to encode it, also where it looks like a path."""
+    for password in (f"{PASSWORD}{character}x", f"{character}{PASSWORD}", f"80{character}x"):
+        value = f"{scheme}{USER}:{password}@127.0.0.1:1"
+        error = check_failure(through(cli, A, value), 2, "HTTP_PROXY", "percent-encode")
+        assert f"%{ord(character):02X}" in error
+        assert USER not in error
+
+
+# --- through proxies that behave --------------------------------------------------------------
+
+
+def through(caller: Caller, url: str, proxy: str, *args: str, **env: str | None) -> Result:
+    """Ask for a run through this proxy; nothing that is printed holds the proxy's login."""
+    assert isinstance(caller, (InProcess, Program))
+    merged: Env = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "BUS_AI_TOKEN": CANARY, **env}
+    result = caller(*args, "--api-url", url, *words("run"), env=merged)
+    both = f"{USER}:{PASSWORD}".encode()
+    for secret in (USER.encode(), PASSWORD.encode(), base64.b64encode(both)[:-4]):
+        assert secret not in result.out + result.err
+    return result
+
+
+def with_login(url: str, user: str = USER, password: str = PASSWORD) -> str:
+    return url.replace("//", f"//{user}:{password}@")
+
+
+def check_run(result: Result) -> None:
+    assert (result.code, result.out, result.err) == (0, as_json(DOCUMENTS["run"]), b"")
+
+
+def tunnel(certificates: Certificates, script: Script) -> Script:
+    """Be the proxy and, behind the tunnel, `platform.test`."""
+
+    def both(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        connection.start_tls(certificates.context(certificates.good))
+        script(connection)
+
+    return both
+
+
+def test_a_run_through_a_proxy(cli: InProcess) -> None:
+    with Hostile(answer(BODIES["run"])) as proxy:
+        check_run(through(cli, "http://platform.test/CAP/v1", f"{with_login(proxy.url)}/x"))
+    head = proxy.requests[0].partition(b"\r\n\r\n")[0]
+    line = b"POST http://platform.test/CAP/v1/api/v1/containers/runs HTTP/1.1\r\n"
+    assert head.startswith(line)
+    assert b"\r\nHost: platform.test\r\n" in head
+    assert head.count(CANARY.encode()) == 1
+
+
+def test_a_run_through_a_tunnel(cli: InProcess, certificates: Certificates) -> None:
+    with Hostile(tunnel(certificates, answer(BODIES["run"]))) as proxy:
+        ca = str(certificates.ca)
+        check_run(through(cli, "https://platform.test", with_login(proxy.url), SSL_CERT_FILE=ca))
+    connect, post = proxy.requests
+    assert connect.startswith(b"CONNECT platform.test:443 HTTP/1.")
+    assert CANARY.encode() not in connect
+    assert post.startswith(b"POST /api/v1/containers/runs HTTP/1.1\r\nHost: platform.test\r\n")
+    assert b"proxy-authorization" not in post.lower()
+
+
+ASKED = {
+    "https://platform.test": b"CONNECT platform.test:443 ",
+    "https://platform.test:8443/CAP/v1": b"CONNECT platform.test:8443 ",
+    "https://203.0.113.5": b"CONNECT 203.0.113.5:443 ",
+    "https://[2001:db8::1]": b"CONNECT [2001:db8::1]:443 ",
+    "https://[2001:db8::1]:8443": b"CONNECT [2001:db8::1]:8443 ",
+    "http://platform.test:81/x": b"POST http://platform.test:81/x/api/v1/containers/runs ",
+    "http://[fd00::1]:81": b"POST http://[fd00::1]:81/api/v1/containers/runs ",
+}
+LOGINS = {
+    "us%40er:p%3Aw%20d": b"us@er:p:w d",
+    "user:p%E4ss": b"user:p\xe4ss",
+    "us%C3%A4er:%00%ff": b"us\xc3\xa4er:\0\xff",
+    "user": b"user:",
+    "user:": b"user:",
+    ":pass": b":pass",
+}
+
+
+@pytest.mark.parametrize(("url", "line"), ASKED.items(), ids=ASKED.keys())
+def test_what_a_proxy_is_asked_for(url: str, line: bytes, cli: InProcess) -> None:
+    """Promise 2.5: a login is percent-decoded to bytes."""
+    with Hostile(answer(b"", "403 Forbidden")) as proxy:
+        for login, sent in LOGINS.items():
+            result = through(cli, url, proxy.url.replace("//", f"//{login}@"))
+            check_failure(result, 125, "403")
+            head = proxy.requests.pop()
+            assert head.startswith(line)
+            credentials = re.search(rb"(?i)\r\nproxy-authorization: basic (\S+)\r\n", head)
+            assert credentials
+            assert base64.b64decode(credentials[1]) == sent
+            assert (CANARY.encode() in head) == url.startswith("http:")
+            if url.startswith("http:"):
+                assert b"\r\nHost: %s\r\n" % url.split("/")[2].encode() in head
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "LOCALHOST"])
+def test_loopback_is_direct(cli: InProcess, host: str) -> None:
+    with Hostile(answer(BODIES["run"])) as server, refused_port() as dead:
+        check_run(through(cli, f"http://{host}:{server.port}", f"http://127.0.0.1:{dead}"))
+    assert server.requests[0].startswith(b"POST /api/v1/")
+
+
+# --- proxies that misbehave -------------------------------------------------------------------
+
+
+def say_last(connection: Connection, data: bytes) -> None:
+    """Send this and no more, but read on until the client leaves.
+
+    A socket that is closed on top of bytes that nobody has read is reset, and the client may see
+    the reset before it reads what was sent: the words of this proxy would be lost now and then.
+    """
+    connection.send(data)
+    connection.sock.shutdown(socket.SHUT_WR)
+    connection.hold()
+
+
+def last_words(data: bytes) -> Script:
+    """Read a CONNECT and send this as the last."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        say_last(connection, data)
+
+    return script
+
+
+def reset_connect(connection: Connection) -> None:
+    connection.read_request()
+    connection.reset()
+
+
+def no_tls(connection: Connection) -> None:
+    """Give a tunnel behind which somebody answers the first bytes of TLS in words."""
+    connection.read_request()
+    connection.send(b"HTTP/1.1 200 OK\r\n\r\n")
+    connection.await_data()
+    say_last(connection, b"hello\r\n")
+
+
+class Refusal(NamedTuple):
+    """What a proxy makes of a CONNECT, and a pattern of what the error says."""
+
+    id: str
+    script: Script
+    says: str
+
+
+HTML = b"<html><head><title>Blocked by policy</title></head><body><h1>No</h1></body></html>"
+STATUSES = [
+    "301 Moved Permanently", "400 Bad Request", "401 Unauthorized", "403 Forbidden",
+    "404 Not Found", "407 Proxy Authentication Required", "429 Too Many Requests",
+    "500 Internal Error", "502 Bad Gateway", "503 Unavailable", "504 Gateway Timeout",
+]  # fmt: skip
+REFUSALS = [
+    *(Refusal(status[:3], answer(HTML, status), f"proxy .*{status[:3]}") for status in STATUSES),
+    Refusal("drives-a-terminal", last_words(b"HTTP/1.1 403 \x1b[2J\x9b31mNo\r\n\r\n"), "403"),
+    Refusal("closed", last_words(b""), "proxy"),
+    Refusal("reset", reset_connect, "proxy .*reset"),
+    Refusal("ssh", last_words(b"SSH-2.0-OpenSSH_9.2p1\r\n"), "proxy .*HTTP"),
+    Refusal("nul-bytes", last_words(b"\0" * 100), "proxy .*HTTP"),
+    Refusal("head-cut", last_words(b"HTTP/1.1 200 OK\r\nVia:"), "proxy|TLS"),
+    Refusal("line-too-long", last_words(b"HTTP/1.1 200 OK\r\nVia: " + b"x" * 70_000), "proxy"),
+    Refusal("no-tls-behind-it", no_tls, "TLS"),
+    Refusal("closed-behind-it", last_words(b"HTTP/1.1 200 OK\r\n\r\n"), "TLS"),
+]
+
+
+def test_no_run_was_started_where_the_proxy_gave_no_tunnel() -> None:
+    """Promise 6.4."""
+
+    def check(case: Refusal) -> None:
+        with Hostile(case.script) as server:
+            environ = {"BUS_AI_API_URL": "https://platform.test", "BUS_AI_TOKEN": CANARY}
+            environ["HTTPS_PROXY"] = with_login(server.url)
+            with pytest.raises(bus_containers.BusContainersError) as caught:
+                bus_containers.Client.from_env(environ).run(["true"])
+        error = caught.value
+        assert re.search(case.says, str(error)), error
+        assert error.run_state in ("not_sent", "refused"), error.run_state
+        assert "bus-containers delete" not in str(error)
+        assert str(error).isprintable()
+        for secret in (USER, PASSWORD, CANARY, "Blocked"):
+            assert secret not in f"{error} {error!r} {error.args!r}"
+        assert 1 <= server.connections <= 3
+        for request in server.requests:
+            assert request.startswith(b"CONNECT platform.test:443 HTTP/1.")
+            assert CANARY.encode() not in request
+
+    check_each(check, REFUSALS, workers=8)
+
+
+# The API's scheme, the proxy's login and answer, and the whole line: WHERE the request, NAME the
+# proxy.
+LINES = {
+    "tunnel-refused": ("https", "", answer(HTML, "403 Forbidden"),
+        "WHERE: NAME refused with HTTP 403 Forbidden"),
+    "tunnel-without-a-login": ("https", "", answer(HTML, "407 Who"),
+        "WHERE: NAME refused with HTTP 407 Who; give it a login, http://[USER:PASSWORD@]HOST[:PORT]"),
+    "tunnel-with-a-login": ("https", "user:refused@", answer(HTML, "407 Who"),
+        "WHERE: NAME refused with HTTP 407 Who; it refused the login in its URL"),
+    "without-a-login": ("http", "", answer(HTML, "407 Who"),
+        "WHERE: HTTP 407 Who; by NAME; give it a login, http://[USER:PASSWORD@]HOST[:PORT]"),
+    "with-a-login": ("http", "user:refused@", answer(HTML, "407 Who"),
+        "WHERE: HTTP 407 Who; by NAME; it refused the login in its URL"),
+    "by-either": ("http", "", answer(HTML, "403 Forbidden"),
+        "WHERE: HTTP 403 Forbidden; by NAME; it may be the API's word, too"),
+    "by-the-api": ("http", "", answer(b'{"error":{"type":"t","message":"m"}}', "403 Forbidden"),
+        "WHERE: HTTP 403 t: m"),
+    "not-http": ("https", "", last_words(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
+        "WHERE: the answer of NAME is not valid HTTP: SSH-2.0-OpenSSH_9.2p1\\r\\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "login", "script", "line"), LINES.values(), ids=LINES.keys())
+def test_what_is_said_of_a_proxy(
+    scheme: str, login: str, script: Script, line: str, cli: InProcess
+) -> None:
+    """A proxy that refused the login that it was given is not told to want one."""
+    with Hostile(script) as proxy:
+        result = through(cli, f"{scheme}://platform.test", proxy.url.replace("//", f"//{login}"))
+    where = f"POST {scheme}://platform.test/api/v1/containers/runs"
+    name = f"the proxy http://{'***@' if login else ''}127.0.0.1:{proxy.port}"
+    told = line.replace("WHERE", where).replace("NAME", name)
+    assert result.message == f"bus-containers: {told}\n"
+    assert (result.code, result.out, proxy.connections) == (125, b"", 1)
+
+
+@pytest.mark.parametrize("scheme", tiers(["http", "https"], "https"))
+def test_a_proxy_that_is_down(scheme: str, cli: InProcess) -> None:
+    with refused_port() as dead:
+        proxy = with_login(f"http://127.0.0.1:{dead}")
+        result = through(cli, f"{scheme}://platform.test", proxy, "--error-format", "json")
+    [told] = result.objects
+    assert (result.code, told["run_state"], told["retryable"]) == (125, "not_sent", True)
+    for fragment in (f"proxy http://***@127.0.0.1:{dead}", "refused", f"{scheme.upper()}_PROXY"):
+        assert fragment in told["text"]
+
+
+def test_a_connection_lost_behind_the_tunnel_leaves_the_run_unknown(
+    cli: InProcess, certificates: Certificates
+) -> None:
+    def leave(connection: Connection) -> None:
+        connection.read_request()
+
+    with Hostile(tunnel(certificates, leave)) as proxy:
+        ca = str(certificates.ca)
+        result = through(cli, "https://platform.test", proxy.url, SSL_CERT_FILE=ca)
+    assert result.code == 125
+    assert result.spoken.advises
+    assert len(proxy.requests) == 2
+
+
+def test_a_refused_tunnel_leaves_no_socket_behind() -> None:
+    """Not even until the garbage collector comes: a process may refuse to wait for it."""
+    skip_if("" if os.path.isdir("/proc/self/fd") else "no /proc to count files in")
+
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = files()
+        for status in ("400 No", "403 No", "407 No"):
+            with Hostile(answer(HTML, status)) as server:
+                environ = {"BUS_AI_API_URL": "https://platform.test", "BUS_AI_TOKEN": CANARY}
+                client = bus_containers.Client.from_env({**environ, "HTTPS_PROXY": server.url})
+                with pytest.raises(bus_containers.BusContainersError):
+                    client.run(["true"])
+        assert files() == before
+    finally:
+        gc.enable()
 
 
 # --- a real forward proxy ---------------------------------------------------------------------
 
 
-def why_no_tinyproxy() -> str:
-    where = shutil.which("tinyproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin")
-    return why_no_namespace() if where else "no tinyproxy (Debian: apt-get install tinyproxy)"
-
-
-needs_tinyproxy = pytest.mark.skipif(bool(why_no_tinyproxy()), reason=why_no_tinyproxy())
-
-
 class TinyProxy:
-    """A tinyproxy on loopback that has its own idea of /etc/hosts."""
+    """A tinyproxy on loopback that finds `platform.test` in an /etc/hosts of its own."""
 
     def __init__(self, folder: Path, hosts: Path, *settings: str) -> None:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             self.port: int = sock.getsockname()[1]
+        self.url = self.with_login = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         conf = folder / "conf"
-        lines = [
-            f"Port {self.port}",
-            "Listen 127.0.0.1",
-            "Timeout 30",
-            "MaxClients 20",
-            f'LogFile "{self.log}"',
-            "LogLevel Connect",
-            *settings,
-        ]
+        lines = [f"Port {self.port}", "Listen 127.0.0.1", "Timeout 30", "MaxClients 20"]
+        lines += [f'LogFile "{self.log}"', "LogLevel Connect", *settings]
         conf.write_text("".join(f"{line}\n" for line in lines))
-        command = ["tinyproxy", "-d", "-c", str(conf)]
-        self._process = subprocess.Popen(
-            with_files(command, {"/etc/hosts": hosts}), stdout=subprocess.DEVNULL
-        )
-
-    def url(self, user: str = "", password: str = "") -> str:
-        userinfo = f"{user}:{password}@" if user else ""
-        return f"http://{userinfo}127.0.0.1:{self.port}"
+        command = with_files(["tinyproxy", "-d", "-c", str(conf)], {"/etc/hosts": hosts})
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
     def __enter__(self) -> TinyProxy:
         end = time.monotonic() + LIMIT
@@ -330,353 +622,93 @@ class TinyProxy:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, hosts: Path) -> Iterator[TinyProxy]:
-    with TinyProxy(tmp_path_factory.mktemp("tinyproxy"), hosts) as proxy:
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    skip_if(why_no_namespace())
+    path = tmp_path_factory.mktemp("etc") / "hosts"
+    path.write_text("127.0.0.1 localhost platform.test\n")
+    return path
+
+
+@pytest.fixture(scope="module", params=tiers(["open", "guarded"], "open"))
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, hosts: Path
+) -> Iterator[TinyProxy]:
+    if not shutil.which("tinyproxy"):
+        pytest.skip("no tinyproxy (Debian: apt-get install tinyproxy)")
+    is_guarded = request.param == "guarded"
+    settings = [f"BasicAuth {USER} {PASSWORD}"] if is_guarded else []
+    with TinyProxy(tmp_path_factory.mktemp("tinyproxy"), hosts, *settings) as proxy:
+        proxy.with_login = with_login(proxy.url) if is_guarded else proxy.url
         yield proxy
 
 
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, hosts: Path) -> Iterator[TinyProxy]:
-    folder = tmp_path_factory.mktemp("guarded")
-    with TinyProxy(folder, hosts, f"BasicAuth {USER} {PASSWORD}") as proxy:
-        yield proxy
-
-
-@pytest.fixture(params=["http", "https"])
-def scheme(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def platform(scheme: str, certificates: Certificates) -> Iterator[Hostile]:
-    """A platform that answers each run; by TLS it is `platform.test`."""
-    context = certificates.context(certificates.good) if scheme == "https" else None
-    with Hostile(answer(RESULT), tls=context) as server:
-        yield server
-
-
-def through(proxy: str, certificates: Certificates) -> Env:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_tinyproxy(
+    scheme: str, tiny: TinyProxy, cli: InProcess, certificates: Certificates
+) -> None:
     ca = str(certificates.ca)
-    return {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy, "SSL_CERT_FILE": ca}
-
-
-@needs_tinyproxy
-@pytest.mark.parametrize("prefix", ["", "/CAP/v1"], ids=["origin", "prefix"])
-def test_a_run_through_a_proxy(
-    cli: Proxied,
-    tiny: TinyProxy,
-    platform: Hostile,
-    certificates: Certificates,
-    scheme: str,
-    prefix: str,
-    canary: str,
-) -> None:
-    url = f"{scheme}://platform.test:{platform.port}{prefix}"
-    result = cli("--api-url", url, *RUN, env=through(tiny.url(), certificates))
-    assert (result.code, result.err) == (0, b"")
-    assert b'"stdout": "OK"' in result.out
-    (request,) = platform.requests
-    assert request.startswith(f"POST {prefix}/api/v1/containers/runs HTTP/1.1\r\n".encode())
-    assert f"\r\nHost: platform.test:{platform.port}\r\n".encode() in request
-    assert f"\r\nAuthorization: Bearer {canary}\r\n".encode() in request
+    context = certificates.context(certificates.good) if scheme == "https" else None
+    with Hostile(answer(BODIES["run"]), tls=context) as server:
+        url = f"{scheme}://platform.test:{server.port}"
+        check_run(through(cli, url, tiny.with_login, SSL_CERT_FILE=ca))
+    [request] = server.requests
     assert (b"\r\nVia: " in request) == (scheme == "http")
-    if scheme == "https":
-        assert f"CONNECT platform.test:{platform.port} " in tiny.log.read_text()
-    assert canary not in tiny.log.read_text()
-
-
-@needs_tinyproxy
-@VERBOSE
-def test_a_run_through_a_proxy_that_wants_a_password(
-    cli: Proxied,
-    guarded: TinyProxy,
-    platform: Hostile,
-    certificates: Certificates,
-    scheme: str,
-    verbosity: tuple[str, ...],
-) -> None:
-    url = f"{scheme}://platform.test:{platform.port}"
-    env = through(guarded.url(USER, PASSWORD), certificates)
-    result = cli(*verbosity, "--api-url", url, *RUN, env=env)
-    assert result.code == 0, result.message
-    (request,) = platform.requests
+    assert f"\r\nHost: platform.test:{server.port}\r\n".encode() in request
     assert b"proxy-authorization" not in request.lower()
+    if scheme == "https":
+        assert f"CONNECT platform.test:{server.port} " in tiny.log.read_text()
+    assert CANARY not in tiny.log.read_text()
 
 
-@needs_tinyproxy
-@VERBOSE
-@pytest.mark.parametrize("userinfo", [("", ""), (USER, "wrong"), ("nobody", PASSWORD)])
-def test_a_proxy_that_refuses_the_password(
-    cli: Proxied,
-    guarded: TinyProxy,
-    platform: Hostile,
-    certificates: Certificates,
-    scheme: str,
-    userinfo: tuple[str, str],
-    verbosity: tuple[str, ...],
-) -> None:
-    url = f"{scheme}://platform.test:{platform.port}"
-    env = through(guarded.url(*userinfo), certificates)
-    result = cli(*verbosity, "--api-url", url, *RUN, env=env)
-    # To a wrong password tinyproxy says 407, up to 1.11.1 it says 401: no reason for a new token.
-    says = ("proxy", "40[17]" if userinfo[0] else "407")
-    text = refused(result, 125, *says, verbose=bool(verbosity))
-    assert "wrong" not in text and "nobody" not in text
-    if not verbosity:
-        refused(cli("--api-url", url, "status", env=env), 1, *says)
-    assert platform.connections == 0
-
-
-@needs_tinyproxy
-def test_a_proxy_that_cannot_reach_the_platform(
-    cli: Proxied, tiny: TinyProxy, certificates: Certificates, scheme: str
-) -> None:
-    env = through(tiny.url(), certificates)
+@second_tier
+@pytest.mark.parametrize("tiny", ["open"], indirect=True)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_tinyproxy_cannot_reach_the_platform(scheme: str, tiny: TinyProxy, cli: InProcess) -> None:
     with refused_port() as port:
-        result = cli("-v", "--api-url", f"{scheme}://platform.test:{port}", *RUN, env=env)
-    told = spoken(result.err)
-    assert result.code == 125
-    assert result.out == b""
-    assert re.search(r"proxy http://127\.0\.0\.1", told.errors[-1]), told.text
-    assert re.search(r"\b50[0-4]\b", told.errors[-1]), told.text
+        result = through(cli, f"{scheme}://platform.test:{port}", tiny.url)
+    error = check_failure(result, 125, "proxy http://127.0.0.1")
+    assert re.search(r"\b50[0-4]\b", error)
     if scheme == "https":  # by http, a 5xx may be the platform's just as well
-        assert not told.advises
+        assert not result.spoken.advises
 
 
-@needs_tinyproxy
-def test_a_certificate_is_checked_through_the_tunnel(
-    cli: Proxied, tiny: TinyProxy, certificates: Certificates
+@second_tier
+@pytest.mark.parametrize("tiny", ["guarded"], indirect=True)
+@pytest.mark.parametrize("login", [("", ""), (USER, "wrong"), ("nobody", PASSWORD)])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_tinyproxy_refuses_the_login(
+    scheme: str, login: tuple[str, str], tiny: TinyProxy, cli: InProcess
 ) -> None:
-    env = through(tiny.url(), certificates)
-    context = certificates.context(certificates.wrong_host)
-    with Hostile(answer(RESULT), tls=context) as server:
-        url = f"https://platform.test:{server.port}"
-        refused(cli("--api-url", url, *RUN, env=env), 125, "certificate", r"platform\.test")
-    assert server.requests == []
+    with Hostile(answer(BODIES["run"])) as server:
+        proxy = with_login(tiny.url, *login) if login[0] else tiny.url
+        result = through(cli, f"{scheme}://platform.test:{server.port}", proxy)
+    # To a wrong password tinyproxy says 407, up to 1.11.1 it says 401: no reason for a new token.
+    error = check_failure(result, 125, "proxy")
+    assert re.search("40[17]" if login[0] else "407", error)
+    assert not result.spoken.advises
+    assert "wrong" not in error
+    assert "nobody" not in error
+    assert server.connections == 0
 
 
-class Bypass(NamedTuple):
-    """Variables with which `platform.test` is reached without the proxy; PROXY is a dead one."""
-
-    id: str
-    env: Env
-
-
-BYPASS = [
-    Bypass("name", {"HTTP_PROXY": "PROXY", "NO_PROXY": "platform.test"}),
-    Bypass("suffix-and-port", {"HTTP_PROXY": "PROXY", "NO_PROXY": "x.y, .test:PORT"}),
-    Bypass("lower-case", {"http_proxy": "PROXY", "no_proxy": "*"}),
-    Bypass("cgi", {"HTTP_PROXY": "PROXY", "REQUEST_METHOD": "POST"}),
-    Bypass("https-only", {"HTTPS_PROXY": "PROXY"}),
-]
+# Variables with which `platform.test` is reached without the proxy PROXY, which is dead.
+BYPASS: dict[str, dict[str, str]] = {
+    "name": {"HTTP_PROXY": "PROXY", "NO_PROXY": "platform.test"},
+    "suffix-and-port": {"HTTP_PROXY": "PROXY", "NO_PROXY": "x.y, .test:PORT"},
+    "lower-case": {"http_proxy": "PROXY", "no_proxy": "*"},
+    "cgi": {"HTTP_PROXY": "PROXY", "REQUEST_METHOD": "POST"},
+    "https-only": {"HTTPS_PROXY": "PROXY"},
+}
 
 
-@pytest.mark.skipif(bool(why_no_namespace()), reason=why_no_namespace())
-@pytest.mark.parametrize("case", BYPASS, ids=[case.id for case in BYPASS])
-def test_a_proxy_that_is_bypassed(case: Bypass, cli: Proxied, hosts: Path) -> None:
-    program = Proxied(with_files(cli.command, {"/etc/hosts": hosts}), cli.home)
-    program.environ.update(cli.environ)
-    with Hostile(answer(RESULT)) as server, refused_port() as dead:
-        words = {"PROXY": f"http://127.0.0.1:{dead}", "PORT": str(server.port)}
-        env: Env = {
-            name: re.sub("PROXY|PORT", lambda word: words[word[0]], value or "")
-            for name, value in case.env.items()
-        }
-        result = program("--api-url", f"http://platform.test:{server.port}", *RUN, env=env)
-    assert result.code == 0, result.message
+@second_tier
+@pytest.mark.parametrize("case", BYPASS.values(), ids=BYPASS.keys())
+def test_a_proxy_that_is_bypassed(case: dict[str, str], program: Program, hosts: Path) -> None:
+    program.command = with_files(program.command, {"/etc/hosts": hosts})
+    with Hostile(answer(BODIES["run"])) as server, refused_port() as dead:
+        env: Env = {"HTTP_PROXY": None, "HTTPS_PROXY": None}
+        for name, value in case.items():
+            value = value.replace("PROXY", f"http://127.0.0.1:{dead}")
+            env[name] = value.replace("PORT", str(server.port))
+        check_run(through(program, f"http://platform.test:{server.port}", "", **env))
     assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "LOCALHOST"])
-def test_loopback_is_direct(cli: Proxied, host: str) -> None:
-    with Hostile(answer(RESULT)) as server, refused_port() as dead:
-        env: Env = {"HTTP_PROXY": f"http://127.0.0.1:{dead}"}
-        result = cli("--api-url", f"http://{host}:{server.port}", *RUN, env=env)
-    assert result.code == 0, result.message
-    assert server.requests[0].startswith(b"POST /api/v1/")
-
-
-def test_a_proxy_that_is_down(cli: Proxied, scheme: str) -> None:
-    import bus_containers
-
-    def library() -> Any:
-        environ = {"BUS_AI_API_URL": url, "BUS_AI_TOKEN": "x" * 20, **env}
-        with pytest.raises(bus_containers.TransportError) as caught:
-            bus_containers.Client.from_env(environ).run(["true"])
-        return caught.value
-
-    with refused_port() as dead:
-        proxy = f"http://{USER}:{PASSWORD}@127.0.0.1:{dead}"
-        env = {"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy}
-        url = f"{scheme}://platform.test"
-        result, error = together(lambda: cli("-vv", "--api-url", url, *RUN, env={**env}), library)
-    refused(result, 125, "proxy", "refused", str(dead), verbose=True)
-    assert error.run_state == "not_sent"
-    assert USER not in str(error) + repr(error)
-
-
-# --- proxies that misbehave -------------------------------------------------------------------
-
-
-def after_head(data: bytes) -> Script:
-    def script(connection: Connection) -> None:
-        connection.server.requests.append(connection.read_head())
-        connection.send(data)
-
-    return script
-
-
-def reset_connect(connection: Connection) -> None:
-    connection.read_head()
-    connection.reset()
-
-
-class Refusal(NamedTuple):
-    """What a proxy makes of a CONNECT."""
-
-    id: str
-    script: Script
-    says: str = "proxy|HTTP|TLS"
-
-
-HTML = b"<html><head><title>Blocked by policy</title></head><body><h1>No</h1></body></html>"
-REFUSALS = [
-    *(
-        Refusal(status[:3], after_head(message(HTML, status)), f"proxy .*{status[:3]}")
-        for status in (
-            "301 Moved Permanently", "400 Bad Request", "401 Unauthorized", "403 Forbidden",
-            "404 Not Found", "407 Proxy Authentication Required", "429 Too Many Requests",
-            "500 Internal Error", "502 Bad Gateway", "503 Unavailable", "504 Gateway Timeout",
-        )
-    ),
-    Refusal("drives-a-terminal", after_head(b"HTTP/1.1 403 \x1b[2J\x9b31mNo\r\n\r\n"), "403"),
-    Refusal("closed", after_head(b"")),
-    Refusal("reset", reset_connect),
-    Refusal("ssh", after_head(b"SSH-2.0-OpenSSH_9.2p1\r\n")),
-    Refusal("nul-bytes", after_head(b"\0" * 100)),
-    Refusal("head-cut", after_head(b"HTTP/1.1 200 OK\r\nVia:")),
-    Refusal("line-too-long", after_head(b"HTTP/1.1 200 OK\r\nVia: " + b"x" * 70_000)),
-    Refusal("no-tls-behind-it", after_head(b"HTTP/1.1 200 OK\r\n\r\nhello\r\n"), "TLS"),
-    Refusal("closed-behind-it", after_head(b"HTTP/1.1 200 OK\r\n\r\n"), ""),
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def refusals(
-    cli: Proxied, canary: str
-) -> Iterator[Herd[Refusal, tuple[Result, str, str, Hostile]]]:
-    """What the command line and the library make of each."""
-    import bus_containers
-
-    def work(case: Refusal) -> tuple[Result, str, str, Hostile]:
-        with Hostile(case.script) as server:
-            env = {"HTTPS_PROXY": server.url.replace("//", f"//{USER}:{PASSWORD}@")}
-            environ = {"BUS_AI_API_URL": "https://platform.test", "BUS_AI_TOKEN": canary, **env}
-            result = cli("-vv", "--api-url", "https://platform.test", *RUN, env={**env})
-            try:
-                bus_containers.Client.from_env(environ).run(["true"])
-            except bus_containers.BusContainersError as error:
-                said, run_state = f"{error} {error!r} {error.args!r}", str(error.run_state)
-        return result, said, run_state, server
-
-    with Herd(work, REFUSALS) as herd:
-        yield herd
-
-
-@pytest.mark.parametrize("case", REFUSALS, ids=[case.id for case in REFUSALS])
-def test_no_run_was_started_where_the_proxy_gave_no_tunnel(
-    case: Refusal, refusals: Herd[Refusal, tuple[Result, str, str, Hostile]], canary: str
-) -> None:
-    result, said, run_state, server = refusals.outcome(case)
-    refused(result, 125, case.says, verbose=True)
-    assert server.connections <= 6  # three of each
-    assert run_state in ("not_sent", "refused")
-    for word in (USER, PASSWORD, canary):
-        assert word not in said
-    for request in server.requests:
-        assert request.startswith(b"CONNECT platform.test:443 HTTP/1.")
-        assert canary.encode() not in request
-
-
-@pytest.mark.parametrize(
-    ("url", "line"),
-    [
-        ("https://platform.test", b"CONNECT platform.test:443 "),
-        ("https://platform.test:8443/CAP/v1", b"CONNECT platform.test:8443 "),
-        ("https://203.0.113.5", b"CONNECT 203.0.113.5:443 "),
-        ("https://[2001:db8::1]", b"CONNECT [2001:db8::1]:443 "),
-        ("https://[2001:db8::1]:8443", b"CONNECT [2001:db8::1]:8443 "),
-        ("http://platform.test", b"POST http://platform.test/api/v1/containers/runs "),
-        ("http://platform.test:81/x", b"POST http://platform.test:81/x/api/v1/containers/runs "),
-        ("http://[fd00::1]:81", b"POST http://[fd00::1]:81/api/v1/containers/runs "),
-    ],
-)
-def test_what_a_proxy_is_asked_for(cli: Proxied, url: str, line: bytes, canary: str) -> None:
-    def script(connection: Connection) -> None:
-        head = connection.read_head()
-        connection.server.requests.append(head)
-        if not head.startswith(b"CONNECT"):
-            connection.read_request()
-        connection.send(message(b"", "403 Forbidden"))
-
-    with Hostile(script) as server:
-        proxy = server.url.replace("//", "//us%40er:p%3Aw%20d@")
-        result = cli("--api-url", url, *RUN, env={"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy})
-    refused(result, 125, "403")
-    head = server.requests[0]
-    assert head.startswith(line)
-    credentials = base64.b64encode(b"us@er:p:w d")
-    assert b"\r\nproxy-authorization: basic " + credentials.lower() in head.lower()
-    assert credentials in head
-    assert (canary.encode() in head) == url.startswith("http:")
-    if url.startswith("http:"):
-        host = url.split("/")[2].encode()
-        assert b"\r\nHost: " + host + b"\r\n" in head
-
-
-def test_a_connection_lost_behind_the_tunnel_leaves_the_run_unknown(
-    cli: Proxied, certificates: Certificates
-) -> None:
-    def script(connection: Connection) -> None:
-        connection.read_head()
-        connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        connection.start_tls(certificates.context(certificates.good))
-        connection.read_request()
-
-    with Hostile(script) as server:
-        env: Env = {"HTTPS_PROXY": server.url, "SSL_CERT_FILE": str(certificates.ca)}
-        result = cli("--api-url", "https://platform.test", *RUN, env=env)
-    told = spoken(result.err)
-    assert result.code == 125
-    assert told.advises, told.text
-    assert len(server.requests) == 1
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc to count files in")
-def test_a_refused_tunnel_leaves_no_socket_behind(canary: str) -> None:
-    """Not even until the garbage collector comes: a process may refuse to wait for it."""
-    import bus_containers
-
-    def call(proxy: str) -> None:
-        environ = {"BUS_AI_API_URL": "https://platform.test", "BUS_AI_TOKEN": canary}
-        try:
-            bus_containers.Client.from_env({**environ, "HTTPS_PROXY": proxy}).run(["true"])
-        except bus_containers.BusContainersError:
-            return
-        pytest.fail("there was no tunnel")
-
-    def files() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
-    scripts = [case.script for case in REFUSALS if case.id in ("403", "407", "502")]
-    gc.collect()
-    gc.disable()
-    try:
-        before = files()
-        for script in scripts:
-            with Hostile(script) as server:
-                call(server.url)
-        assert files() == before
-    finally:
-        gc.enable()

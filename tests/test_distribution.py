@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: MIT
+"""What ships: wheel, sdist, archive, and the one file copied anywhere: promise 4.1.
+
+Each holds what it should, nothing else, and is the same program.
+"""
+
+from __future__ import annotations
+
+import ast
+import email
+import hashlib
+import importlib.util
+import json
+import marshal
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bus_containers
+from local_platform import Platform
+from support import ROOT, Env, Program, Result, python, second_tier, tiers
+
+SOURCE = ROOT / "bus_containers.py"
+BUILD = ROOT / "zipapp" / "build.py"
+VERSION = bus_containers.__version__
+VERSION_LINE = f"bus-containers {VERSION}\n".encode()
+OURS = "{}.{}".format(*sys.version_info)
+MOST_BYTES = 120_000
+Start = Callable[..., Result]
+
+
+@pytest.fixture
+def start(home: Path) -> Start:
+    """Run a command with an empty HOME and no Bus variable set."""
+
+    def run(*command: str | Path, **options: Any) -> Result:
+        words = [str(word) for word in command]
+        return Program(words[:1], home)(*words[1:], **options)
+
+    return run
+
+
+def access(platform: Platform) -> Env:
+    return {"BUS_AI_API_URL": platform.url, "BUS_AI_TOKEN": platform.token()}
+
+
+# --- wheel, sdist and pip -----------------------------------------------------------------------
+
+
+def test_the_metadata_is_true() -> None:
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert 'bus-containers = "bus_containers:console"' in text
+    assert callable(bus_containers.console)
+    assert 'requires-python = ">=3.9"' in text
+    assert "\ndependencies = []\n" in text
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    latest = re.search(r"(?m)^## \[?([0-9]+\.[0-9]+\.[0-9]+)", changes)
+    assert latest and latest[1] == VERSION, "CHANGELOG.md does not begin with this version"
+
+
+def pip(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which the build backend can be imported: it alone is downloaded."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("this Python has no pip")
+    requires = re.search(r"(?m)^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text())
+    assert requires
+    folder = tmp_path_factory.mktemp("backend")
+    done = pip("install", "--retries=1", "--target", folder, *json.loads(requires[1]))
+    if "(from versions: none)" in done.stderr:  # nothing of that name, old or new: no index at all
+        pytest.skip("offline: no package index has the build backend")
+    assert done.returncode == 0, done.stderr
+    return {**Program([], folder).environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout as it is once the tests have been run in it."""
+    tree = tmp_path_factory.mktemp("tree") / "checkout"
+    skip = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=skip)
+    for folder in (tree, tree / "tests", tree / "zipapp"):
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__" / "left.cpython-39.pyc").touch()
+    return tree
+
+
+@second_tier
+def test_wheel(tree: Path, backend: dict[str, str], tmp_path: Path) -> None:
+    done = pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree, env=backend)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"bus_containers-{VERSION}-py3-none-any.whl"
+    info = f"bus_containers-{VERSION}.dist-info"
+    own = "METADATA RECORD WHEEL entry_points.txt licenses/LICENSE"
+    with zipfile.ZipFile(path) as wheel:
+        names = [*(f"{info}/{name}" for name in own.split()), "bus_containers.py"]
+        assert sorted(wheel.namelist()) == names
+        assert wheel.read("bus_containers.py") == SOURCE.read_bytes()
+        scripts = wheel.read(f"{info}/entry_points.txt").decode().split()
+        header, _, readme = wheel.read(f"{info}/METADATA").partition(b"\n\n")
+    assert scripts == ["[console_scripts]", "bus-containers=bus_containers:console"]
+    metadata = email.message_from_bytes(header)
+    wanted = {
+        "Name": "bus-containers",
+        "Version": VERSION,
+        "Summary": (ast.get_docstring(ast.parse(SOURCE.read_bytes())) or "").splitlines()[0],
+        "Requires-Python": ">=3.9",
+        "License-Expression": "MIT",
+        "License-File": "LICENSE",
+    }
+    assert {name: metadata[name] for name in wanted} == wanted
+    needed = metadata.get_all("Requires-Dist", [])
+    assert [need for need in needed if "extra ==" not in need] == []
+    assert sorted(metadata.get_all("Provides-Extra", [])) == ["dev", "test"]
+    assert readme.strip() == (ROOT / "README.md").read_bytes().strip()
+
+
+@second_tier
+def test_sdist(tree: Path, backend: dict[str, str], tmp_path: Path) -> None:
+    code = "import sys, flit_core.buildapi as backend; backend.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tree, env=backend, check=True)
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"bus_containers-{VERSION}.tar.gz"
+    with tarfile.open(path) as sdist:
+        names = [name.split("/", 1) for name in sdist.getnames()]
+    assert {top for top, _ in names} == {f"bus_containers-{VERSION}"}
+    wanted = "CHANGELOG.md Dockerfile LICENSE PKG-INFO README.md bus_containers.py pyproject.toml"
+    files = [path for name in ("tests", "zipapp") for path in (tree / name).rglob("*")]
+    inner = [str(path.relative_to(tree)) for path in files if path.is_file()]
+    expected = [*wanted.split(), *(name for name in inner if not name.endswith(".pyc"))]
+    assert sorted(name for _, name in names) == sorted(expected)
+
+
+@second_tier
+def test_install(tree: Path, backend: dict[str, str], tmp_path: Path) -> None:
+    options = ["--no-build-isolation", "--no-compile", "--no-warn-script-location"]
+    done = pip("install", *options, "--prefix", tmp_path, tree, env=backend)
+    assert done.returncode == 0, done.stderr
+    (module,) = tmp_path.rglob("bus_containers.py")
+    (script,) = tmp_path.rglob("bus-containers")
+    info = module.parent / f"bus_containers-{VERSION}.dist-info"
+    assert sorted(module.parent.iterdir()) == sorted([module, info])
+    assert list(script.parent.iterdir()) == [script]
+    run = Program([str(script)], tmp_path)
+    env: Env = {"PYTHONPATH": str(module.parent)}
+    assert run("--version", env=env)[:3] == (0, VERSION_LINE, b"")
+    assert run("status", "--no-such-option", env=env).code == 2
+
+
+@second_tier
+def test_a_target_that_is_not_built_yet_is_told() -> None:
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--target=dist/none.pyz"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "build it first" in done.stdout + done.stderr
+
+
+# --- the one file, copied -------------------------------------------------------------------------
+
+LIBRARY = """
+import importlib, os, sys
+sys.path.insert(0, sys.argv[1])
+module = importlib.import_module(sys.argv[2])
+assert module.__file__.startswith(sys.argv[1]), module.__file__
+client = module.Client(os.environ["BUS_AI_API_URL"], os.environ["BUS_AI_TOKEN"])
+print(module.__version__, client.run(["sh", "-c", "printf OK"])["stdout"])
+"""
+MODES: dict[str, tuple[list[str], Env]] = {
+    "plain": ([], {}),
+    "isolated": (["-I", "-S", "-E", "-B"], {}),
+    "optimized": (["-OO"], {}),
+    "safe-path": ([], {"PYTHONSAFEPATH": "1"}),
+}
+PLACES = {
+    "bus_containers.py": "bus_containers",
+    "client.py": "client",
+    "othername/_vendor/bus_containers.py": "othername._vendor.bus_containers",
+    "app.zip": "bus_containers",
+}
+
+
+@pytest.mark.parametrize("mode", tiers(MODES, "plain"))
+@pytest.mark.parametrize("place", PLACES)
+def test_library_from_a_copy(
+    place: str, mode: str, tmp_path: Path, platform: Platform, start: Start
+) -> None:
+    flags, env = MODES[mode]
+    copy = tmp_path / "app" / place
+    copy.parent.mkdir(parents=True)
+    if copy.suffix == ".zip":
+        with zipfile.ZipFile(copy, "w") as zipped:
+            zipped.write(SOURCE, "bus_containers.py")
+    else:
+        shutil.copy(SOURCE, copy)
+    path = str(copy if copy.suffix == ".zip" else tmp_path / "app")
+    words = [sys.executable, *flags, "-c", LIBRARY, path, PLACES[place]]
+    result = start(*words, env={**env, **access(platform)}, cwd=tmp_path)
+    assert result[:3] == (0, f"{VERSION} OK\n".encode(), b"")
+
+
+@pytest.mark.parametrize("mode", tiers(MODES, "plain"))
+@pytest.mark.parametrize("name", tiers(["bus_containers.py", "bus-containers"], "bus-containers"))
+def test_command_from_a_copy(
+    name: str, mode: str, tmp_path: Path, platform: Platform, start: Start
+) -> None:
+    flags, env = MODES[mode]
+    copy = tmp_path / "app" / name
+    copy.parent.mkdir()
+    shutil.copy(SOURCE, copy)
+    env = {**env, **access(platform), "PYTHONDONTWRITEBYTECODE": None}
+    command = [sys.executable, *flags, copy]
+    assert start(*command, "--version", env=env)[:3] == (0, VERSION_LINE, b"")
+    run = start(*command, "run", "--", "sh", "-c", "printf OK", env=env)
+    assert (run.code, run.document["stdout"], run.err) == (0, "OK", b"")
+    assert start(*command, "--help", env=env).out.startswith(b"NAME\n")
+    assert list(copy.parent.iterdir()) == [copy]  # nothing was written beside it
+
+
+@pytest.fixture
+def with_python3(tmp_path: Path) -> Env:
+    """An environment in which `python3` is this Python."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "python3"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_the_file_can_be_made_executable(tmp_path: Path, with_python3: Env, start: Start) -> None:
+    copy = tmp_path / "bus-containers"
+    shutil.copy(SOURCE, copy)
+    copy.chmod(0o755)
+    assert start(copy, "--version", env=with_python3)[:3] == (0, VERSION_LINE, b"")
+
+
+def test_the_module_can_be_run_by_name(start: Start) -> None:
+    words = [sys.executable, "-m", "bus_containers"]
+    assert start(*words, "--version", cwd=SOURCE.parent)[:3] == (0, VERSION_LINE, b"")
+    assert start(*words, "--bogus", cwd=SOURCE.parent).code == 2
+
+
+NETWORK = {"_socket", "_ssl", "asyncio", "email", "http", "selectors", "socket", "ssl"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["-c", "import bus_containers"], 0), ([str(SOURCE), "status", "--no-such-option"], 2)],
+    ids=["import", "usage-error"],
+)
+def test_no_network_module_is_imported(words: list[str], code: int, start: Start) -> None:
+    result = start(sys.executable, "-S", "-X", "importtime", *words, cwd=ROOT)
+    lines = (line for line in result.message.splitlines() if line.startswith("import time:"))
+    modules = {line.rsplit("|", 1)[1].strip() for line in lines}
+    assert result.code == code
+    assert {"os", "io"} <= modules
+    network = {name for name in modules if name.split(".")[0] in NETWORK}
+    assert sorted(network | (modules & {"urllib.request", "importlib.metadata"})) == []
+
+
+ELSEWHERE = """
+import importlib, os, runpy, signal, socket, sys
+import http.client, ssl, tempfile, urllib.request
+
+# What Windows lacks: whole modules, and parts of those that it has.
+for name in "fcntl grp posix pwd readline resource syslog termios tty".split():
+    sys.modules[name] = None
+for module, names in {
+    os: "O_NOFOLLOW O_NONBLOCK fchmod fchown fork geteuid getuid mkfifo set_blocking uname",
+    signal: "SIGALRM SIGHUP SIGKILL SIGPIPE SIGQUIT SIGUSR1 alarm pthread_sigmask setitimer",
+    socket: "AF_UNIX TCP_USER_TIMEOUT",
+}.items():
+    for name in names.split():
+        vars(module).pop(name, None)
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_system_that_is_not_posix(tmp_path: Path, platform: Platform, start: Start) -> None:
+    words = ["-o", tmp_path / "result.json", "run", "--", "sh", "-c", "printf OK; exit 37"]
+    result = start(sys.executable, "-c", ELSEWHERE, SOURCE, *words, env=access(platform))
+    assert (result.code, result.out, result.err) == (37, b"", b"")
+    assert json.loads((tmp_path / "result.json").read_text())["stdout"] == "OK"
+
+
+# --- building the archive -------------------------------------------------------------------------
+
+
+def copy_tree(folder: Path) -> Path:
+    """Copy what an archive is built from, and nothing else."""
+    (folder / "zipapp").mkdir(parents=True)
+    for name in ("bus_containers.py", "zipapp/build.py", "zipapp/__main__.py"):
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("version", tiers([f"3.{minor}" for minor in range(9, 15)], OURS))
+def test_same_tree_and_python_give_the_same_bytes(
+    version: str, tmp_path: Path, start: Start
+) -> None:
+    one, other = copy_tree(tmp_path / "one"), copy_tree(tmp_path / "another\u00e9 place" / "deeper")
+    for path in other.rglob("*"):
+        os.utime(path, (981173106, 981173106))
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    # Names that the module uses too, held by the process that builds: marshal would tell.
+    (noise / "sitecustomize.py").write_text("import argparse, json, urllib.request\n")
+    quiet: Env = {"PYTHONHASHSEED": "1"}
+    loud: Env = {
+        "PYTHONHASHSEED": "2",
+        "PYTHONOPTIMIZE": "2",
+        "PYTHONNODEBUGRANGES": "1",
+        "PYTHONPATH": str(noise),
+        "PYTHONDEVMODE": "" if version == OURS else "1",  # which takes a second
+        "LC_ALL": "C",
+        "TZ": "Asia/Tokyo",
+    }
+    build = Path("zipapp", "build.py")
+    first = start(python(version), build, env=quiet, umask=0o022, cwd=one)
+    second = start(python(version), other / build, "-o", "x.pyz", env=loud, umask=0o077, cwd=noise)
+    paths = [one / "dist" / "bus_containers.pyz", noise / "x.pyz"]
+    for path, shown, result in zip(paths, [paths[0], Path("x.pyz")], [first, second]):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (result.code, result.out) == (0, f"{digest}  {shown}\n".encode()), result.err
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(path.name for path in noise.iterdir()) == ["sitecustomize.py", "x.pyz"]
+
+    # Whichever Python built it, the other ones take its source.
+    for runner in {python(version), sys.executable}:
+        assert start(runner, paths[0], "--version")[:3] == (0, VERSION_LINE, b"")
+
+
+@pytest.mark.parametrize(
+    ("epoch", "date"),
+    [
+        pytest.param("", (1980, 1, 1, 0, 0, 0), id="empty-is-unset", marks=second_tier),
+        pytest.param("1700000000", (2023, 11, 14, 22, 13, 20), id="honoured-in-utc"),
+        pytest.param("-1", (1980, 1, 1, 0, 0, 0), id="before-the-first", marks=second_tier),
+        pytest.param("9" * 20, (2107, 12, 31, 23, 59, 58), id="after-the-last", marks=second_tier),
+    ],
+)
+def test_source_date_epoch(
+    epoch: str, date: tuple[int, ...], tmp_path: Path, start: Start
+) -> None:
+    path = tmp_path / "dated.pyz"
+    env: Env = {"SOURCE_DATE_EPOCH": epoch, "TZ": "Asia/Tokyo"}
+    start(sys.executable, BUILD, "-o", path, env=env)
+    with zipfile.ZipFile(path) as zipped:
+        assert {info.date_time for info in zipped.infolist()} == {date}
+
+
+@pytest.mark.parametrize("fault", tiers(["SOURCE_DATE_EPOCH", "module", "place"], "module"))
+def test_failed_build_leaves_the_old_archive(fault: str, tmp_path: Path, start: Start) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    dist = tree / "dist"
+    dist.mkdir()
+    old = dist / "bus_containers.pyz"
+    old.write_bytes(b"old")
+    env: Env = {}
+    if fault == "SOURCE_DATE_EPOCH":
+        env[fault] = "yesterday"
+    elif fault == "module":
+        (tree / "bus_containers.py").write_text("no python\n")
+    else:
+        old.unlink()
+        old.mkdir()
+    result = start(sys.executable, tree / "zipapp" / "build.py", env=env)
+    assert (result.code, result.out) == (1, b"")
+    assert result.message.splitlines()[-1].startswith("build.py: ")
+    assert [path.name for path in dist.iterdir()] == ["bus_containers.pyz"]
+    assert old.is_dir() or old.read_bytes() == b"old"
+
+
+# --- what is in the archive -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("archive") / "bus_containers.pyz"
+    build = [sys.executable, str(BUILD), "-o", str(path)]
+    subprocess.run(build, check=True, capture_output=True)
+    return path
+
+
+def rewrite(archive: Path, path: Path, **changes: bytes) -> Path:
+    """Copy the archive with the content of members changed."""
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, changes.get(name.replace(".", "_"), old.read(name)))
+    return path
+
+
+def test_entries(archive: Path) -> None:
+    assert archive.read_bytes().startswith(b"#!/usr/bin/env python3\nPK")
+    assert archive.stat().st_size <= MOST_BYTES
+    with zipfile.ZipFile(archive) as zipped:
+        assert zipped.testzip() is None
+        assert zipped.comment == b""
+        entries = [
+            (info.filename, info.date_time, info.create_system, info.external_attr >> 16)
+            for info in zipped.infolist()
+        ]
+        names = ("__main__.py", "__main__.pyc", "bus_containers.py", "bus_containers.pyc")
+        assert entries == [(name, (1980, 1, 1, 0, 0, 0), 3, 0o100644) for name in names]
+        assert zipped.read("bus_containers.py") == SOURCE.read_bytes()
+        assert zipped.read("__main__.py") == (ROOT / "zipapp" / "__main__.py").read_bytes()
+
+
+def _constants(code: types.CodeType) -> Iterator[object]:
+    """A code object and all that it holds, however deep."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _constants(constant)
+        else:
+            yield constant
+
+
+@pytest.mark.parametrize("name", ["__main__", "bus_containers"])
+def test_byte_code(name: str, archive: Path) -> None:
+    with zipfile.ZipFile(archive) as zipped:
+        source, compiled = zipped.read(f"{name}.py"), zipped.read(f"{name}.pyc")
+    magic, flags, digest = compiled[:4], compiled[4:8], compiled[8:16]
+    assert magic == importlib.util.MAGIC_NUMBER
+    assert flags == b"\1\0\0\0"  # PEP 552: by hash, and never checked
+    assert digest == importlib.util.source_hash(source)
+    constants = list(_constants(marshal.loads(compiled[16:])))
+    files = {code.co_filename for code in constants if isinstance(code, types.CodeType)}
+    assert files == {f"{name}.py"}
+    # Before 3.12 the hash of None, and so of what holds it, is an address: no seed fixes its order.
+    held = [item for constant in constants if isinstance(constant, frozenset) for item in constant]
+    assert all(isinstance(item, (str, int, bytes)) for item in held)
+
+
+@second_tier
+def test_which_code_of_the_archive_runs(archive: Path, tmp_path: Path, start: Start) -> None:
+    """The byte code, unless it is another Python's; then the source."""
+    bad = b"raise SystemExit(99)\n"
+    path = rewrite(archive, tmp_path / "x.pyz", bus_containers_py=bad, __main___py=bad)
+    assert start(sys.executable, path, "--version")[:3] == (0, VERSION_LINE, b"")
+    always = ("--check-hash-based-pycs", "always")
+    assert start(sys.executable, *always, path, "--version").code == 99
+    with zipfile.ZipFile(archive) as zipped:
+        foreign = b"\0\0\r\n" + zipped.read("bus_containers.pyc")[4:]
+    changes = {"bus_containers_pyc": foreign, "__main___pyc": foreign}
+    path = rewrite(archive, tmp_path / "y.pyz", **changes)
+    assert start(sys.executable, path, "--version")[:3] == (0, VERSION_LINE, b"")
+    path = rewrite(archive, tmp_path / "z.pyz", **changes, bus_containers_py=bad)
+    assert start(sys.executable, path, "--version").code == 99
+
+
+# --- ways and places to start the archive ---------------------------------------------------------
+
+WAYS = {
+    "python X.pyz": ["python3", "bus_containers.pyz"],
+    "./X.pyz": ["./bus_containers.pyz"],
+    "on PATH": ["bus-containers"],
+    "isolated": ["python3", "-I", "-S", "-E", "-B", "bus-containers"],
+    "without docstrings": ["python3", "-OO", "bus-containers"],
+}
+
+
+@pytest.fixture
+def place(archive: Path, tmp_path: Path) -> Iterator[Path]:
+    """A read-only folder on PATH with the archive in it, under its own name and the command's."""
+    place = tmp_path / "place"
+    place.mkdir()
+    for name in ("bus_containers.pyz", "bus-containers"):
+        shutil.copy(archive, place / name)
+        (place / name).chmod(0o555)
+    place.chmod(0o555)
+    yield place
+    place.chmod(0o755)
+
+
+@pytest.mark.parametrize("way", tiers(WAYS, "on PATH"))
+def test_ways_to_start(way: str, place: Path, with_python3: Env, start: Start) -> None:
+    before = sorted(place.iterdir())
+    env = {"PATH": f"{place}:{with_python3['PATH']}", "PYTHONDONTWRITEBYTECODE": None}
+    command = ["env", *WAYS[way]]  # which looks on the PATH that it is given
+    assert start(*command, "--version", cwd=place, env=env)[:3] == (0, VERSION_LINE, b"")
+    usage = start(*command, "status", "--no-such-option", cwd=place, env=env)
+    assert (usage.code, usage.out) == (2, b"")
+    assert "--no-such-option" in usage.error
+    assert sorted(place.iterdir()) == before
+
+
+def test_the_archive_runs_a_command(archive: Path, platform: Platform, start: Start) -> None:
+    words = ["run", "--", "sh", "-c", "exit 37"]
+    result = start(sys.executable, archive, *words, env=access(platform))
+    assert result.code == 37
+    assert b'"exit_code": 37' in result.out
+
+
+def test_library_in_the_archive(archive: Path, start: Start) -> None:
+    code = "import bus_containers as b; print(b.__file__, b.__version__, b.Client.__name__)"
+    env: Env = {"PYTHONPATH": str(archive)}
+    result = start(sys.executable, "-c", code, env=env, cwd=archive.parent)
+    assert result.out == f"{archive / 'bus_containers.pyc'} {VERSION} Client\n".encode()
+
+
+# --- Pythons that will not do ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", tiers(["2.7", "3.6", "3.7", "3.8"], "3.8"))
+def test_old_python_is_told(version: str, archive: Path, start: Start) -> None:
+    path = python(version)
+    result = start(path, archive, "--version")
+    assert (result.code, result.out) == (2, b"")
+    assert result.message == (
+        f"bus-containers: needs Python 3.9 or newer; this is {version} ({path})\n"
+    )
+
+
+def test_python_without_http_is_told(archive: Path, tmp_path: Path, start: Start) -> None:
+    # This interpreter with its own standard library, one package less, as python3-minimal has it.
+    library = Path(sysconfig.get_path("stdlib"))
+    slim = tmp_path / "slim" / library.parent.name / library.name
+    slim.mkdir(parents=True)
+    for path in library.iterdir():
+        if path.name not in ("http", "site-packages"):
+            (slim / path.name).symlink_to(path)
+    result = start(sys.executable, archive, "--version", env={"PYTHONHOME": str(tmp_path / "slim")})
+    assert (result.code, result.out) == (2, b"")
+    assert result.message == (
+        "bus-containers: this Python has no `http`: install `python3`,"
+        f" python3-minimal is not enough ({sys.executable})\n"
+    )

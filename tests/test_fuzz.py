@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: MIT
+"""Random answers, command lines and environments: promises 3.11, 6.1, 6.3, 6.15 and 6.18.
+
+FUZZ_CASES says how many of each, FUZZ_SEED which: a failure names the seed of its case, and
+`FUZZ_CASES=1 FUZZ_SEED=that pytest --all tests/test_fuzz.py` makes it again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hostile import Api
+from support import (
+    BODIES,
+    CANARY,
+    DOCUMENTS,
+    InProcess,
+    Result,
+    all_commands,
+    api_commands,
+    failure_code,
+    options_of,
+    second_tier,
+    spoken,
+    variables,
+    words,
+)
+
+pytestmark = second_tier
+
+CASES = int(os.environ.get("FUZZ_CASES", "1000"))
+SEED = int(os.environ.get("FUZZ_SEED", "12"))
+SOON = 5.0
+"""Seconds within which every case ends."""
+
+
+def each_case(check: Callable[[random.Random], bool]) -> int:
+    """Check this many cases, each with dice of its own; return how many were a success."""
+    successes = 0
+    for seed in range(SEED, SEED + CASES):
+        try:
+            successes += check(random.Random(seed))
+        except BaseException as error:
+            raise AssertionError(f"FUZZ_SEED={seed}: {type(error).__name__}: {error}") from error
+    return successes
+
+
+def checked(result: Result) -> Result:
+    """What holds for every result, whatever was asked and answered; the token is looked for too."""
+    assert result.seconds < SOON, result
+    assert b"Traceback" not in result.err + result.out, result
+    if result.err.startswith(b"{"):
+        for line in result.message.splitlines():
+            assert isinstance(json.loads(line)["kind"], str), line
+    return result
+
+
+def container_code(document: Any) -> int:
+    """The exit code that a run's document gives; 125 where it gives none."""
+    code = document.get("exit_code") if isinstance(document, dict) else None
+    if type(code) is not int:
+        return 125
+    return min(128 - code if code < 0 else code, 255)
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+STATUSES = [
+    *["200 OK"] * 12, "201 Created", "202 Accepted", "204 No Content", "206 Partial", "100 X",
+    "199 X", "299 X", "300 X", "302 Found", "400 Bad", "401 No", "402 Pay", "403 No", "404 No",
+    "429 Slow", "499 X", "500 Oops", "502 Bad", "503 Away", "599 X", "600 X", "999 X", "0 X",
+    "-1 X",     "200", "2000 OK", "OK", "", f"403 {CANARY}", "200 \xff", "200 " + "O" * 70_000,
+]  # fmt: skip
+HEADERS = [
+    "X: y", "x", ": y", " folded", "X: \xff\x00\x1b[2J", "Content-Encoding: gzip",
+    "Content-Encoding: identity", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip",
+    "Content-Length: 0", "Content-Length: -1", "Content-Length: 1e3", "Content-Length: " + "9" * 30,
+    "Content-Type: text/html; charset=utf-16", f"Location: http://127.0.0.1/{CANARY}",
+    "Retry-After: 1", f"X-Echo: Bearer {CANARY}", f"{CANARY}: x", "Connection: keep-alive",
+    "X: " + "y" * 70_000, "Set-Cookie: a=b", "HTTP/1.1 200 OK",
+]  # fmt: skip
+VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 37, 256, 10**30, 0.0, 1.5, "", "0", "OK", "\ud800",
+    "\x1b[2J\u202e", "a\tb\r\nc", [], {}, [0], {"code": 0}, [[[]]], "x" * 5000,
+]  # fmt: skip
+NOT_JSON = [
+    b"", b" ", b"null", b"[]", b"{", b"}", b"{}{}", b"<html>", b"NaN", b"{'a':1}",
+    b"\xff\xfe{\0}\0", b'{"a":NaN}', b'{"a":' + b"[" * 5000, b'{"a":1e999}',
+    b'{"a":' + b"7" * 9000 + b"}",
+    b'{"":"\0"}',
+]  # fmt: skip
+
+
+def random_document(dice: random.Random, name: str) -> Any:
+    """A proper document, of which some fields have a value of another kind, or are missing."""
+    document = json.loads(BODIES[name])
+    if name == "run":
+        document["exit_code"] = dice.choice([0, 0, 37, 1])
+    for _ in range(dice.choice([0, 0, 1, 2])):
+        field = dice.choice([*document, "error", "message", "x"])
+        document[field] = dice.choice(VALUES)
+        if dice.random() < 0.2:
+            del document[field]
+    if dice.random() < 0.1:
+        document = {
+            "error": {"type": dice.choice(VALUES), "message": dice.choice([*VALUES, CANARY])}
+        }
+    return document
+
+
+class Answer:
+    """An answer: its bytes, whether it is whole and proper HTTP, and its document."""
+
+    def __init__(self, dice: random.Random, name: str) -> None:
+        document = random_document(dice, name)
+        self.status = dice.choice(STATUSES)
+        if self.status.startswith("20") and "error" in document:
+            document.pop("error")  # its text would be printed, the token and all
+        self.document = document
+        self.is_proper = self.status[:3] in ("200", "201", "202") and len(self.status) < 100
+        self.is_proper &= self.status[3:4] == " " and "\xff" not in self.status
+        body = json.dumps(document).encode()
+        if dice.random() < 0.15:
+            body, self.is_proper = dice.choice(NOT_JSON), False
+        lines = [f"HTTP/1.{dice.choice('0111')} {self.status}"]
+        framing = dice.choice(["length", "length", "length", "chunked", "end"])
+        if framing == "length":
+            lines.append(f"Content-Length: {len(body)}")
+        elif framing == "chunked":
+            lines.append("Transfer-Encoding: chunked")
+            at = dice.randrange(len(body) + 1)
+            pieces = [piece for piece in (body[:at], body[at:]) if piece]
+            body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+            body += b"0\r\n\r\n"
+        if dice.random() < 0.3:
+            lines.insert(dice.randrange(1, len(lines) + 1), dice.choice(HEADERS))
+            self.is_proper = False  # as far as one can say without being a client
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        if dice.random() < 0.1:
+            head = b"HTTP/1.1 103 Hints\r\n\r\n" * dice.randrange(1, 4) + head
+        self.data = head + body
+        self.is_cut, self.is_damaged = dice.random() < 0.15, dice.random() < 0.1
+        if self.is_cut or self.is_damaged:  # half a token is nothing that one could know again
+            self.data = self.data.replace(CANARY.encode(), b"x" * len(CANARY))
+        if self.is_cut:  # by more than the last chunk, which is empty
+            self.data = self.data[: dice.randrange(len(self.data) - 5)]
+        for _ in range(dice.randrange(1, 4) if self.is_damaged else 0):
+            at = dice.randrange(len(self.data) + 1)
+            self.data = self.data[:at] + dice.randbytes(1) + self.data[at + dice.choice([0, 1]) :]
+        self.is_proper &= not (self.is_cut or self.is_damaged)
+
+
+def test_answers(cli: InProcess, api: Api) -> None:
+    def check(dice: random.Random) -> bool:
+        name = dice.choice(["run", "run", *api_commands()])
+        answer = Answer(dice, name)
+        format_ = dice.choice(["json", "json", "text", "tsv"])
+        # Where there is no time for a pause, a GET is not sent again either.
+        options = dice.choice([[], ["-v"], ["-vv"], ["--error-format", "json"], ["-q"]])
+        limit = [] if name == "run" else ["--timeout", "250ms"]
+        api.requests.clear()
+        api.sends(answer.data)
+        result = checked(cli(*options, *limit, "-f", format_, *words(name), at=api))
+        methods = api.methods()
+        assert methods.count("POST") == (name == "run")
+        assert len(methods) <= 2
+        if "json" not in options and (format_, name) != ("text", "run"):
+            spoken(result.err)
+        expected = failure_code(name)
+        if answer.is_proper and name == "run":
+            expected = container_code(answer.document)
+            if not answer.document.get("error"):
+                assert result.code == expected, (answer.data, result)
+        # An answer of 204 is whole without a body.
+        if answer.is_cut and not answer.is_damaged and not answer.status.startswith("204"):
+            assert result.code == failure_code(name), (answer.data, result)
+        if result.code == failure_code(name) and expected == result.code:
+            assert result.err, (answer.data, result)
+        if result.code != failure_code(name) and options != ["-q"]:
+            assert b"HTTP/1" in answer.data
+            if name == "run" and format_ == "json":
+                assert result.code == container_code(result.document), (answer.data, result)
+            if name == "delete" and format_ == "json":
+                assert result.document["deleted"] is True, (answer.data, result)
+        return result.code == 0
+
+    successes = each_case(check)
+    assert CASES < 100 or CASES // 10 < successes < CASES  # or else it says nothing
+
+
+# --- command lines and environments -----------------------------------------------------------
+
+JUNK = [
+    "", " ", "-", "--", "--=", "---", "-x", "-vqx", "--nosuch", "--nosuch=1", "--verbose=2",
+    "--tok", "a b", "a\nb", "\u202e", "\x1b[2J", "\udcff", "\ud800", "x" * 5000,
+    "run-1", "..", "a/b", "%2e", "0", "--token", f"--token={CANARY}", "status", "help", "run",
+    "--help", "--version",
+]  # fmt: skip
+TEXTS = [
+    "", "0", "1", "-1", "1s", "0s", "5ms", "1h", "1e3", "9" * 400, "json", "text", "tsv", "opencli",
+    "auto", "always", "never", ".", "..", "nosuch/dir", "out", "/dev/null", "-", "\udcff", "\0",
+    "a=b", "\u202e", "x" * 5000,
+]  # fmt: skip
+# Nothing that would be looked up by name, or that leaves this machine.
+URLS = [
+    "http://", "http:", "127.0.0.1", "ftp://127.0.0.1", "http://127.0.0.1:99999", "http://[::1",
+    "//", "http://127.0.0.1/?q", "http://u:p@127.0.0.1", "http://127.0.0.1/a b", "http://127.0.0.1:port",
+    "HTTP://127.0.0.1:1/", "http://127.0.0.1\n", "http://127.0.0.1/\u00e4",
+]  # fmt: skip
+
+
+@contextmanager
+def nothing_leaves() -> Iterator[None]:
+    """Refuse every connection and every look-up that is not of a loopback address."""
+
+    def is_near(host: Any) -> bool:
+        host = host.decode() if isinstance(host, bytes) else host
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+    def hook(event: str, args: Any) -> None:
+        if not active:
+            return
+        if event == "socket.connect" and not is_near(args[1][0]):
+            raise RuntimeError(f"a connection to {args[1]}")
+        if event == "socket.getaddrinfo" and not is_near(args[0]):
+            raise RuntimeError(f"a look-up of {args[0]}")
+
+    active = [True]
+    sys.addaudithook(hook)  # which nothing can remove
+    try:
+        yield
+    finally:
+        active.clear()
+
+
+def random_option(dice: random.Random, command: str, url: str) -> list[str]:
+    if dice.random() < 0.2:
+        return [dice.choice(JUNK)]
+    option = dice.choice(options_of(command))
+    name = dice.choice([option.name, *option.aliases])
+    if not option.value:
+        return [name]
+    if option.name == "--api-url":
+        value = dice.choice([url, f"{url}/", *URLS])
+    elif option.name == "--token-file":
+        value = dice.choice(["token", "token", "nosuch", CANARY, "-", *TEXTS])
+    elif option.name in ("--timeout", "--wait"):
+        value = dice.choice(["5s", "0", "300ms", *TEXTS]).replace("1h", "1s")
+    else:
+        value = dice.choice([*option.value.split("|"), *TEXTS])
+    form = dice.choice(["apart", "apart", "joined"])
+    if form == "apart":
+        return [name, value]
+    return [f"{name}={value}" if name.startswith("--") else f"{name}{value}"]
+
+
+def random_environment(dice: random.Random, url: str) -> dict[str, str | None]:
+    environ: dict[str, str | None] = {"BUS_AI_TOKEN": CANARY}
+    names = [one["name"] for one in variables()]
+    for name in dice.sample([*names, "TERM", "LC_ALL", "COLUMNS"], dice.choice([0, 0, 1, 3])):
+        value = dice.choice(["", CANARY, *TEXTS, *URLS]).replace("\0", "")
+        environ[name] = None if dice.random() < 0.1 else value
+    if environ.get("BUS_AI_API_URL", "") not in URLS:
+        environ["BUS_AI_API_URL"] = url
+    environ["BUS_API_BASE_URL"] = url  # so that the default is never asked
+    return environ
+
+
+def test_command_lines(cli: InProcess, api: Api) -> None:
+    folder = cli.folder
+    assert folder is not None
+
+    def check(dice: random.Random) -> bool:
+        command = dice.choice(["run", "run", *all_commands()])
+        code = dice.choice([0, 0, 37]) if command == "run" else 0
+        api.requests.clear()
+        api.sends()
+        if code:
+            api.answers({**DOCUMENTS["run"], "exit_code": code})
+        for path in folder.parent.glob("**/out"):
+            path.unlink()
+        (folder / "token").write_text(CANARY)
+        before: list[str] = []
+        after: list[str] = []
+        for _ in range(dice.choice([0, 1, 1, 2, 4])):
+            dice.choice([before, after]).extend(random_option(dice, command, api.url))
+        line = [*before, command, *after, *words(command)[1:]]
+        if dice.random() < 0.1:
+            dice.shuffle(line)
+        environ = random_environment(dice, api.url)
+        given = dice.choice([b"", CANARY.encode(), b"\xff\xfe", b"two\nlines"])
+        result = checked(cli(*line, env=environ, input=given))
+        methods = api.methods()
+        where = (line, environ, result)
+        assert methods.count("POST") <= 1, where
+        assert result.code in (0, 1, 2, 37, 125), where
+        if result.code == 2:
+            assert methods == [], where
+        if result.code == 37:
+            assert methods == ["POST"], where
+        if result.code in (1, 2, 125):
+            assert result.err, where
+        if methods == ["POST"] and result.code != 125:
+            assert result.code == code, where
+        return result.code == 0
+
+    with nothing_leaves():
+        successes = each_case(check)
+    assert CASES < 100 or CASES // 10 < successes < CASES  # or else it says nothing
