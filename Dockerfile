@@ -2,7 +2,7 @@
 #
 #     docker build -t bus-containers .            (podman and buildah take this file as well)
 #     docker run --rm --env BUS_AI_TOKEN bus-containers status
-#     docker build --target test .                runs the tests on this Python
+#     docker build --target test .                runs the tests on this Python, as the README says
 #
 # The program needs no capability, no writable file system and no particular user:
 #
@@ -20,8 +20,7 @@ RUN python3 zipapp/build.py -o /bus-containers
 FROM ${PYTHON_IMAGE} AS test
 WORKDIR /src
 COPY . .
-RUN python3 -m venv /venv && /venv/bin/pip install --no-cache-dir '.[test]'
-RUN /venv/bin/pytest
+RUN python3 -m venv .venv && .venv/bin/pip install -q '.[test]' && .venv/bin/pytest
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="bus-containers" \

@@ -258,9 +258,12 @@ expect "sid: Python is 3.14" 0 out "Python 3.14." \
     podman run --rm "${tight[@]}" localhost/sid python3 --version
 
 # The tests' packages are fetched here, so that the build needs no network and no certificates.
-python3 -m pip download --dest "$work/wheels" flit_core pytest >"$work/pip.log" 2>&1 ||
+python3 -m pip download --dest "$work/wheels" flit_core '.[test]' >"$work/pip.log" 2>&1 ||
     not_ok "pip fetches what the tests need" "$work/pip.log"
 printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"
+grep '^    python3 -m venv ' README.md | sed 's/^    /RUN /' >"$work/command"
+expect "the Dockerfile's target \"test\" runs the README's second command" 0 out "RUN python3" \
+    grep -xF -f "$work/command" Dockerfile
 # SYS_ADMIN is for the tests that lay a file of their own over one in /etc, for themselves alone.
 start module build localhost/test --target test --build-arg PYTHON_IMAGE=localhost/sid \
     --cap-add CAP_SYS_ADMIN --volume "$work/wheels:/wheels:ro" \
