@@ -69,7 +69,7 @@ _DEFAULT_API_URL = "https://ai.hg.fi"
 _DEFAULT_PROFILE = "codex"
 _AUDIENCE = "ai.hg.fi/api"
 _SCOPES = {"GET": "container:read", "POST": "container:run", "DELETE": "container:delete"}
-_NEW_TOKEN = f'make one with: bus auth token --scope "{" ".join(_SCOPES.values())} billing:read"'
+_TOKEN_ADVICE = f'make one with: bus auth token --scope "{" ".join(_SCOPES.values())} billing:read"'
 _RUN_ADVICE = (
     "the run may still be executing and counting against the quota: "
     f"look with `{_PROGRAM} runs`, end it with `{_PROGRAM} delete RUN_ID`"
@@ -77,23 +77,25 @@ _RUN_ADVICE = (
 
 _TIMEOUT_SECONDS = 30.0
 _RUN_TIMEOUT_SECONDS = 1800.0  # runs of half an hour are normal
-_RUN_MARGIN_SECONDS = 30.0  # beyond the run's own limit: a cold start, and the answer's way back
+# On top of the run's own limit: for a cold start, and for the answer's way back.
+_RUN_MARGIN_SECONDS = 30.0
 _MAX_SECONDS = 10.0**15  # longer than Go's longest duration; a float still counts single seconds
 # A firewall that drops packets is noticed in seconds, not at the limit of a run.
 _CONNECT_SECONDS = 10.0
 # RFC 8305, section 5, recommends this delay before the next address is tried.
 _NEXT_ADDRESS_SECONDS = 0.25
-_RETRY_PAUSES_SECONDS = (0.3, 0.7)  # about a second in all
-_GATEWAY_STATUSES = (502, 503, 504)  # a gateway's word for a backend that is not up
-# Nobody looks at the deadline, at signals or at the line of progress during a wait of this length.
+# Two more tries, about a second in all: what takes longer is for `status --wait`.
+_RETRY_PAUSES_SECONDS = (0.3, 0.7)
+_GATEWAY_STATUSES = (502, 503, 504)  # what a gateway says where its backend is not up
+# The longest wait between two looks at the deadline, at signals and at the line of progress.
 _TICK_SECONDS = 0.2
 _WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wait`
 _STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten minutes
 _PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
 
 _MAX_BODY_BYTES = 1 << 30  # more than a container may print
-_MAX_JSON_DEPTH = 200  # every Python can write what is not deeper
-_MAX_JSON_DIGITS = 4300  # what Pythons convert by default since 3.9.14; older ones have no limit
+_MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
+_MAX_JSON_DIGITS = 4300  # Python's own limit since 3.9.14; older ones have none
 _MAX_QUOTED = 4000  # characters of a server's text in one message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
@@ -111,15 +113,15 @@ def _visible(text: str) -> str:
     return "".join(characters)
 
 
-def _quoted(text: str) -> str:
-    """Return text from outside as a message can bear it."""
+def _shown(text: str) -> str:
+    """Return text from outside, escaped and cut for a message."""
     if len(text) > _MAX_QUOTED:
         text = f"{text[:_MAX_QUOTED]}..."
     return _visible(text)
 
 
 def _rounded(seconds: float) -> str:
-    """Return a length of time as a person says it: `1.5 s`, `45 min`, `3 h`, `2 d`."""
+    """Return a length of time in a readable unit: `1.5 s`, `45 min`, `3 h`, `2 d`."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     if seconds < 2 * 3600:
@@ -171,6 +173,7 @@ class ConfigError(BusContainersError):
     """A URL, token or value that cannot be used. Nothing was sent."""
 
     kind = "config"
+    # Whatever is wrong with a value is found before a request is made of it.
     run_state = "not_sent"
 
 
@@ -181,7 +184,7 @@ class _UsageError(ConfigError):
 
 
 class _MissingTokenError(ConfigError):
-    """There is no token yet. `status --wait` waits for one, as it may be on its way."""
+    """There is no token. `status --wait` waits for one, as it may still be written."""
 
 
 class TransportError(BusContainersError):
@@ -250,8 +253,9 @@ class _Interrupted(KeyboardInterrupt):
 
 
 def _internal_error(fault: BaseException) -> _InternalError:
-    text = f"internal error: {type(fault).__name__}: {_quoted(str(fault))}"
-    return _InternalError(text, "please report this line: the program or its Python is at fault")
+    text = f"internal error: {type(fault).__name__}: {_shown(str(fault))}"
+    advice = "this is a bug of the program or of its Python; please report this line"
+    return _InternalError(text, advice)
 
 
 def _reason_of(error: BaseException) -> str:
@@ -270,7 +274,7 @@ class Client:
     """
 
     def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
-        self._modules = _load_modules(api_url)
+        self._modules = _load_modules(str(api_url))
         self.api_url = _checked_api_url(api_url, "`api_url`")
         self.timeout = timeout
         self._token = _checked_token(token, "`token`")
@@ -411,19 +415,16 @@ def _run_request(
     """Return the body of a run's request. Raises ConfigError in the words of `Client.run`."""
     if profile is not None and image is not None:
         raise ConfigError("`profile` and `image` exclude each other")
+    place = {"profile": _DEFAULT_PROFILE if profile is None else profile}
     if image is not None:
-        request: Document = {"image": image, "command": command}
-    elif profile is not None:
-        request = {"profile": profile, "args": command}
-    else:
-        request = {"profile": _DEFAULT_PROFILE, "args": command}
-    place, words = request
-    if not _text(request, place):
-        raise ConfigError(f"`{place}` {request[place]!r} is not a name")
-    is_text = isinstance(command, (str, bytes))  # a sequence of words of one letter each
-    if is_text or not command or not all(isinstance(word, str) for word in command):
+        place = {"image": image}
+    for name, value in place.items():
+        if not _text(place, name):
+            raise ConfigError(f"`{name}` {value!r} is not a name")
+    if not _is_list_of_words(command):
         raise ConfigError("`command` is not a list of words")
-    request[words] = list(command)
+    words = "args" if image is None else "command"
+    request: Document = {**place, words: list(command)}
     if timeout_seconds is not None:
         if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
             raise ConfigError(f"`timeout_seconds` {timeout_seconds!r} is not a whole number >= 0")
@@ -431,8 +432,15 @@ def _run_request(
     return request
 
 
+def _is_list_of_words(command: Any) -> bool:
+    # A text would be a sequence of words of one letter each; an iterator could be read only once.
+    if isinstance(command, (str, bytes)) or not isinstance(command, Sequence):
+        return False
+    return len(command) > 0 and all(isinstance(word, str) for word in command)
+
+
 def _run_timeout(timeout_seconds: int | None) -> float:
-    """Return the default limit of the exchange of a run that is limited so, in seconds."""
+    """Return the default limit of a run's exchange, in seconds."""
     if timeout_seconds:
         return timeout_seconds + _RUN_MARGIN_SECONDS
     return _RUN_TIMEOUT_SECONDS
@@ -444,7 +452,7 @@ def _path_segment(run_id: str) -> str:
     is_text = isinstance(run_id, str) and _visible(run_id) == run_id
     if not is_text or run_id in ("", ".", ".."):
         raise ConfigError(f"{run_id!r} is not a run's id", f"`{_PROGRAM} runs` lists them")
-    return urllib.parse.quote(run_id, safe="", errors="surrogatepass")
+    return urllib.parse.quote(run_id, safe="")
 
 
 # ---- Settings: functions of their arguments alone ---------------------------------------------
@@ -456,7 +464,7 @@ _TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
 _CONFIG_DIRECTORIES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
-# As in NO_PROXY: the hosts that need no proxy, and those that plain http reaches at little risk.
+# Written as in NO_PROXY. _LOOPBACK never has a proxy; to _PRIVATE a token may go unencrypted.
 _LOOPBACK = "localhost,127.0.0.0/8,::1"
 _PRIVATE = (
     f"{_LOOPBACK},.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,"
@@ -484,6 +492,8 @@ def resolve_api_url(flag: str | None, environ: Mapping[str, str]) -> tuple[str, 
 
 def _checked_api_url(url: str, source: str) -> str:
     """Return a base URL in its normal form, or raise an error that names its source."""
+    if not isinstance(url, str):
+        raise ConfigError(f"{source} is not text")
     shown = _redacted_url(url)
     # Two mistakes are made often enough for a hint.
     hint = ""
@@ -513,7 +523,7 @@ def _redacted_url(url: str) -> str:
     import re
     # A password may hold an @, too, so all before the last one goes.
     url = re.sub("(?is)^([a-z]+://)?.*@", r"\1***@", url)
-    return _quoted(re.sub("(?s)([?#]).+", r"\1***", url))
+    return _shown(re.sub("(?s)([?#]).+", r"\1***", url))
 
 
 def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -524,7 +534,7 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
     `$XDG_CONFIG_HOME/bus`, `~/.config/bus`). Raises ConfigError, which never holds any of it.
     """
     if path is not None:
-        return _read_token(path, f"{path} does not exist")
+        return _read_token(path)
     for name in _TOKEN_VARIABLES:
         if environ.get(name):
             return _checked_token(environ[name], name), name
@@ -533,35 +543,43 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
         if environ.get(name):
             path = os.path.join(environ[name], directory, "auth", "api-token")
             return _read_token(path, f"looked at {tried}, {path}")
-    raise _MissingTokenError(f"no token: looked at {tried}; HOME is not set", _NEW_TOKEN)
+    raise _MissingTokenError(f"no token: looked at {tried}; HOME is not set", _TOKEN_ADVICE)
 
 
-def _read_token(path: str, missing: str) -> tuple[str, str]:
+def _read_token(path: str, missing: str = "") -> tuple[str, str]:
+    """Return the token in a file, and its name; `missing` is said instead where there is none."""
     name = path or "a file without a name"
     place: str | int = path
     if path == "-":
         name, place = "standard input", 0
     problem = ""
     try:
-        with open(place, "rb", closefd=place != 0) as file:  # standard input stays open
+        with open(place, "rb", closefd=path != "-") as file:  # standard input stays open
             data = file.read(65537)
         if len(data) > 65536:
             problem = f"the token in {name} is larger than 64 KiB"
+        elif path == "-" and not data.strip():
+            # There is nothing to wait for.
+            problem = f"no token: {name} is empty; {_TOKEN_ADVICE}"
     except FileNotFoundError:
-        problem = f"no token: {missing}"
+        problem = f"no token: {missing or f'{name} does not exist'}"
+        if not _looks_like_token(path):
+            raise _MissingTokenError(problem, _TOKEN_ADVICE) from None
     except (OSError, ValueError) as error:
         problem = f"cannot read a token from {name}: {_reason_of(error)}"
-    # Raised outside of the handlers: the path may be the token itself, which must not be shown, and
-    # it would be in the error that hangs behind ours.
     if not problem:
         return _checked_token(data.decode("latin-1"), name), name
+    # Raised after the handlers, as the path, which may be the token, is in the error that would
+    # hang behind this one.
+    if _looks_like_token(path):
+        problem = "--token-file: its value looks like a token, not a path"
+    raise ConfigError(problem)
+
+
+def _looks_like_token(path: str) -> bool:
     _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
     is_long = len(word) >= 20 and "/" not in path and "\\" not in path
-    if is_long or "eyJ" in path:
-        raise ConfigError("--token-file: its value looks like a token, not a path")
-    if problem.startswith("no token"):
-        raise _MissingTokenError(problem, _NEW_TOKEN)
-    raise ConfigError(problem)
+    return is_long or "eyJ" in path
 
 
 def _checked_token(text: str, source: str) -> str:
@@ -570,9 +588,11 @@ def _checked_token(text: str, source: str) -> str:
     http.client would quote a header that it cannot send in its error, so it is checked here.
     """
     import re
+    if not isinstance(text, str):
+        raise ConfigError(f"{source} is not text")
     token = text.strip(" \t\r\n\v\f")
     if not token:
-        raise _MissingTokenError(f"no token: {source} is empty", _NEW_TOKEN)
+        raise _MissingTokenError(f"no token: {source} is empty", _TOKEN_ADVICE)
     if re.fullmatch("[!-~]+", token):
         return token
     problem = "holds a character that is not visible ASCII"
@@ -716,7 +736,7 @@ def parse_duration(text: str) -> float:
         hint = "is not a duration: try `30s` or `1h30m`"
         if re.fullmatch(f"({_DURATION_PART})+", f"{digits}s"):
             hint = f"has no unit: try `{text}s`"
-        raise _UsageError(f"{_quoted(text)!r} {hint}")
+        raise _UsageError(f"{_shown(text)!r} {hint}")
     nanoseconds = 0
     for number, unit in re.findall(_DURATION_PART, digits):
         whole, _, fraction = number.partition(".")
@@ -728,7 +748,7 @@ def parse_duration(text: str) -> float:
         scale = _UNIT_NANOSECONDS[unit] / 10 ** len(fraction)
         nanoseconds += int(int(fraction or "0") * scale)
     if nanoseconds >= 2**63 + text.startswith("-"):
-        raise _UsageError(f"{_quoted(text)!r} is longer than the 292 years of a duration")
+        raise _UsageError(f"{_shown(text)!r} is longer than the 292 years of a duration")
     if text.startswith("-"):
         nanoseconds = -nanoseconds
     return nanoseconds / 10**9
@@ -746,7 +766,7 @@ def _token_facts(token: str, scope: str) -> list[str]:
     starts, ends = _claimed_time(claims, "nbf"), _claimed_time(claims, "exp")
     scopes, audiences = _claimed_words(claims, "scope"), _claimed_words(claims, "aud")
     if now < starts:
-        facts.append(f"is not valid for another {_rounded(starts - now)}, by this machine's clock")
+        facts.append(f"is valid only in {_rounded(starts - now)}, by this machine's clock")
     if now < ends:
         facts.append(f"expires in {_rounded(ends - now)}")
     elif ends:
@@ -755,7 +775,7 @@ def _token_facts(token: str, scope: str) -> list[str]:
         facts.append(f"lacks the scope {scope} (it has: {' '.join(scopes) or 'none'})")
     if _AUDIENCE not in audiences:
         facts.append(f"is for {' '.join(audiences) or 'no audience'}, not {_AUDIENCE}")
-    return [_quoted(fact) for fact in facts]
+    return [_shown(fact) for fact in facts]
 
 
 def _token_claims(token: str) -> Document | None:
@@ -774,7 +794,7 @@ def _token_claims(token: str) -> Document | None:
 
 def _claimed_time(claims: Document, name: str) -> float:
     value = _field(claims, name, (int, float)) or 0
-    if abs(value) > _MAX_SECONDS:
+    if not abs(value) <= _MAX_SECONDS:  # or not a number at all
         return 0.0
     return float(value)
 
@@ -790,7 +810,7 @@ def _claimed_words(claims: Document, name: str) -> list[str]:
 
 
 class _Observer:
-    """What an exchange tells on its way, always in the caller's thread. This one ignores it."""
+    """What an exchange calls on its way, always in the caller's thread. This one does nothing."""
 
     def tick(self) -> None:
         """A moment has passed without an answer. What this raises ends the exchange."""
@@ -814,6 +834,7 @@ class _Answer:
     def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
         self.status = status
         self.reason = reason
+        # Of a header that stands twice the last one counts; only Content-Length may not.
         self.headers: dict[str, str] = {name.lower(): value for name, value in headers}
         self.body = body
 
@@ -851,7 +872,9 @@ class _Exchange:
             self.peer = urllib.parse.urlsplit(proxy)
             self.proxy_name = f"the proxy {_redacted_url(proxy)}"
             self.proxy_login = _basic_login(self.peer.netloc)
-            self.secrets += [self.proxy_login[6:], self.peer.password or ""]
+            password = self.peer.password or ""
+            self.secrets += [self.proxy_login[6:], password, urllib.parse.unquote(password)]
+        # There is one from the start, so that there always is a state.
         self._attempt = _Attempt(self)
 
     @property
@@ -866,6 +889,9 @@ class _Exchange:
             try:
                 return self._try_once(shape)
             except BusContainersError as error:
+                was_sent = self.run_state != "not_sent"
+                if was_sent and isinstance(error, TransportError):
+                    self.was_lost = True
                 end = time.monotonic() + pause_seconds
                 is_in_time = not self.timeout or end < self.deadline
                 if not self._may_retry(error, start) or not is_in_time:
@@ -885,7 +911,6 @@ class _Exchange:
         if self.run_state == "not_sent":
             # An API behind a firewall that drops packets is not worth another ten seconds.
             return error.retryable and time.monotonic() - start < _CONNECT_SECONDS
-        self.was_lost = self.was_lost or isinstance(error, TransportError)
         if isinstance(error, ApiError) and error.status not in _GATEWAY_STATUSES:
             return False
         return error.retryable and self.method != "POST"  # there must be no second run
@@ -909,9 +934,9 @@ class _Exchange:
     ) -> BusContainersError:
         return kind(f"{self.where}: {reason}", advice, **options)
 
-    def quote(self, text: str) -> str:
-        """Return text from outside as a message can bear it, without a secret sent back in it."""
-        return _quoted(_redacted(text, self.secrets))
+    def show(self, text: str) -> str:
+        """Return text from outside for a message, without a secret that was sent back in it."""
+        return _shown(_redacted(text, self.secrets))
 
 
 def _pause(seconds: float, tick: Callable[[], object]) -> None:
@@ -924,7 +949,7 @@ def _pause(seconds: float, tick: Callable[[], object]) -> None:
 
 
 def _basic_login(netloc: str) -> str:
-    """Return Proxy-Authorization for the login before an @. Its escapes may stand for any byte."""
+    """Return the Proxy-Authorization for the login in a netloc, percent-decoded to bytes."""
     import base64
     import urllib.parse
     login, at, _ = netloc.rpartition("@")
@@ -941,7 +966,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
     It imports nothing, as it has to work where a module is in the way of another.
     """
     for secret in secrets:
-        if len(secret) < 8:  # it is a part of any word
+        if len(secret) < 8:  # it would be found in ordinary words
             continue
         escaped = secret.replace("\\", "\\\\").replace('"', '\\"')
         quoted = ""
@@ -1044,8 +1069,9 @@ class _Attempt(io.RawIOBase):
             thread.start()
         except RuntimeError:
             look_up()
-        while not found and not failures:
-            thread.join(self.exchange.next_wait_seconds())
+        else:
+            while thread.is_alive():
+                thread.join(self.exchange.next_wait_seconds())
         if failures:
             raise failures[0]
         return found
@@ -1101,14 +1127,16 @@ class _Attempt(io.RawIOBase):
         if exchange.proxy_login:
             head += f"Proxy-Authorization: {exchange.proxy_login}\r\n"
         self.sendall(f"{head}\r\n".encode())
+        # Not http.client's own tunnel: it reads the proxy's answer with a limit for each byte, and
+        # tells a refusal by a text only.
         response = http.client.HTTPResponse(self, method="CONNECT")  # type: ignore[arg-type]
         response.begin()
         status = response.status
         if not 200 <= status < 300:
-            text = f"{exchange.proxy_name} refused with HTTP {status} {response.reason}"
+            text = f"{exchange.proxy_name} refused with HTTP {status} {response.reason}".rstrip()
             advice = _proxy_login_advice(exchange, status)
             retryable = _is_retryable(status)
-            raise exchange.error(TransportError, exchange.quote(text), advice, retryable=retryable)
+            raise exchange.error(TransportError, exchange.show(text), advice, retryable=retryable)
         self.has_answer = False  # that was the proxy's
 
     # ssl.create_default_context is strict about X.509 from Python 3.13 on, and it fails where
@@ -1116,6 +1144,7 @@ class _Attempt(io.RawIOBase):
     def _start_tls(self) -> None:
         import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        # The default since Python 3.10.
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # X509_V_FLAG_PARTIAL_CHAIN, as in curl and Python 3.13; it has a name since 3.10.
         context.verify_flags |= ssl.VerifyFlags(0x80000)
@@ -1127,7 +1156,7 @@ class _Attempt(io.RawIOBase):
             if keylog:
                 context.keylog_filename = keylog
         except OSError:
-            pass  # curl, too, goes on without
+            pass  # as in curl, no reason to fail
         # An empty variable counts as unset; to OpenSSL it would be the name of a file.
         environ, paths = self.exchange.environ, ssl.get_default_verify_paths()
         cafile = environ.get("SSL_CERT_FILE") or paths.openssl_cafile
@@ -1189,7 +1218,7 @@ class _Attempt(io.RawIOBase):
             headers = response.getheaders()
             lines = [f"{response.status} {response.reason}"]
             lines += [f"{name}: {value}" for name, value in headers]
-            exchange.observer.show_headers("<", [exchange.quote(line) for line in lines])
+            exchange.observer.show_headers("<", [exchange.show(line) for line in lines])
             if 300 <= response.status < 500:
                 self.enter_state("refused")
             body = self._read_body(response)
@@ -1197,7 +1226,7 @@ class _Attempt(io.RawIOBase):
         exchange.observer.explain(f"{exchange.where}: {response.status}, {took}")
         return _Answer(response.status, response.reason, headers, body)
 
-    # http.client is silent about a body that is cut, and about a length that is not a number.
+    # http.client reports neither a body that is cut nor a length that is not a number.
     def _read_body(self, response: Any) -> bytearray:
         import http.client
         import re
@@ -1208,17 +1237,19 @@ class _Attempt(io.RawIOBase):
                 raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
             encoding = response.headers.get("Content-Encoding", "identity").strip()
             if encoding.lower() not in ("", "identity"):
-                text = f"unknown Content-Encoding {self.exchange.quote(encoding)}"
+                text = f"unknown Content-Encoding {self.exchange.show(encoding)}"
                 raise self.exchange.error(ProtocolError, text)
             while piece := response.read(_IO_BYTES):
                 body += piece
                 if len(body) > _MAX_BODY_BYTES:
+                    body.clear()
                     raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
             # Without a length the connection's end is the body's end. Where there is no body
             # either, it may be the headers that were cut.
-            if response.length or (response.length is None and not body):
+            has_end = response.length is not None or response.chunked
+            if response.length or not (has_end or body):
                 raise http.client.IncompleteRead(b"", response.length)
-        except (OSError, http.client.HTTPException, ProtocolError):
+        except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
                 raise  # an error's status says enough, and whether there is a run
         return body
@@ -1237,6 +1268,7 @@ class _Attempt(io.RawIOBase):
     # What http.client asks of a socket.
 
     def sendall(self, data: bytes) -> None:
+        # A head; the JSON of a body never ends so.
         if data.endswith(b"\r\n\r\n"):
             lines = data.decode("latin-1").splitlines()
             self.exchange.observer.show_headers(">", lines[:-1])
@@ -1260,7 +1292,7 @@ class _Attempt(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Do nothing: http.client closes its socket while it still reads from it."""
+        """Keep the socket: http.client closes it before it has read the body."""
 
 
 def _start_connecting(family: int, kind: int, protocol: int, _name: str, address: Any) -> Any:
@@ -1285,6 +1317,7 @@ def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
         raise _error_of_status(exchange, answer, document)
+    # Only a deletion needs no words.
     if answer.status == 204 and exchange.method == "DELETE":
         return {}
     if answer.status not in (200, 201, 202, 204):
@@ -1294,7 +1327,7 @@ def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
     elif not problem and isinstance(document, dict) and document.get("error"):
         error = _error_object(document)
         said = _text(error, "message") or _text(error, "type") or "it does not say which"
-        problem = f"the answer is an error: {exchange.quote(said)}"
+        problem = f"the answer is an error: {exchange.show(said)}"
     if problem:
         raise exchange.error(ProtocolError, f"HTTP {answer.status}, but {problem}")
     return document
@@ -1313,7 +1346,7 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
     except MemoryError:
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
-        problem = f"the answer is not usable JSON: {exchange.quote(_reason_of(error))}"
+        problem = f"the answer is not usable JSON: {exchange.show(_reason_of(error))}"
     if not text.strip():
         problem = "the answer is empty"
     elif text.lstrip().startswith("<"):
@@ -1324,10 +1357,11 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
 def _parse_json(text: str) -> Any:
     """Parse JSON proper: no NaN, no number too large, nothing deeper than can be written again."""
     import json
+    import math
 
     def parse_float(digits: str) -> float:
         value = float(digits)
-        if value - value != 0:  # it is infinite or not a number
+        if not math.isfinite(value):
             raise ValueError(f"{digits[:20]} is not a number in JSON")
         return value
 
@@ -1390,21 +1424,21 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
     """Return the error of an answer with an HTTP status other than 2xx."""
     document = _redacted_document(document, exchange.secrets)
     error = ApiError("", answer.status, document)
-    said = exchange.quote(error.type or answer.reason)
-    error.reason = f"{exchange.where}: HTTP {answer.status} {said}"
+    said = exchange.show(error.type or answer.reason)
+    error.reason = f"{exchange.where}: HTTP {answer.status} {said}".rstrip()
     if error.message:
-        error.reason += f": {exchange.quote(error.message.strip())}"
+        error.reason += f": {exchange.show(error.message.strip())}"
     advice = list(_advice_of_headers(exchange, answer, error))
     advice.extend(_billing_facts(exchange, document))
     if error.action:
-        advice.append(f"action: {exchange.quote(error.action)}")
+        advice.append(f"action: {exchange.show(error.action)}")
     if error.command:
-        advice.append(f"run: {exchange.quote(error.command)}")
+        advice.append(f"run: {exchange.show(error.command)}")
     # The server does not say which of its reasons it has, but the token's claims may.
-    wants_scope = answer.status == 403 and "scope" in error.reason.lower()
+    wants_scope = answer.status == 403 and "scope" in f"{error.type} {error.message}".lower()
     if answer.status == 401 or wants_scope:
         facts = _token_facts(exchange.token, _SCOPES[exchange.method])
-        advice += [*(f"the token {fact}" for fact in facts), _NEW_TOKEN]
+        advice += [*(f"the token {fact}" for fact in facts), _TOKEN_ADVICE]
     error.advice = "; ".join(advice)
     return error
 
@@ -1412,17 +1446,20 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
 def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) -> Iterator[str]:
     status = answer.status
     if 300 <= status < 400:
-        target = exchange.quote(answer.headers.get("location", "nowhere"))
+        target = exchange.show(answer.headers.get("location", "nowhere"))
         yield f"redirected to {target}, not followed; check `api_url`"
     if status == 404 and f"/api/v1{_API_PATH}" in exchange.where:
         yield "`api_url` ends in a part of the API's path: give its origin alone"
     # An error without a type of the API's may be the proxy's own.
     if exchange.proxy_name and exchange.url.scheme == "http" and not error.type:
-        said = _proxy_login_advice(exchange, status) or "it may be the API's word, too"
-        yield f"by {exchange.proxy_name}; {said}"
+        said = ", or by the API itself"
+        if status == 407:
+            said = f"; {_proxy_login_advice(exchange, status)}"
+        yield f"by {exchange.proxy_name}{said}"
+    # It may also be a date, which is shown and not kept.
     retry_after = answer.headers.get("retry-after", "")
     if retry_after:
-        yield f"Retry-After: {exchange.quote(retry_after)}"
+        yield f"Retry-After: {exchange.show(retry_after)}"
     if retry_after.isascii() and retry_after.isdigit():
         error.retry_after_seconds = int(retry_after[:9])
 
@@ -1446,10 +1483,10 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
         what = meter.replace("bus_", "", 1).replace("_", " ")
         window = _text(usage, "window") or "period"
         when = {"day": "today", "total": "in total"}.get(window, f"this {window}")
-        yield exchange.quote(f"{used:,} of {limit:,} {what} used {when}")
+        yield exchange.show(f"{used:,} of {limit:,} {what} used {when}")
     plan = _text(error, "recommended_plan") or _text(usage, "upgrade_plan_id")
     if plan:
-        yield f"recommended plan: {exchange.quote(plan)}"
+        yield f"recommended plan: {exchange.show(plan)}"
 
 
 # It imports nothing that an attempt over plain http has not, as there may be no `_ssl`, or no
@@ -1461,7 +1498,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     exchange = attempt.exchange
     if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, OSError):
         failure = failure.reason  # urllib wraps what fails while it sends
-    reason = exchange.quote(_reason_of(failure))
+    reason = exchange.show(_reason_of(failure))
     if isinstance(failure, MemoryError):
         text = "the answer is too large for this machine's memory"
         return exchange.error(ProtocolError, text)
@@ -1472,7 +1509,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
         return _error_of_connecting(exchange, failure, reason)
     is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
-    advice = _port_question(attempt, is_lost)
+    advice = _https_hint(attempt, is_lost)
     if is_lost:
         if not isinstance(failure, OSError):
             reason = "the answer was cut short"
@@ -1486,7 +1523,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     return exchange.error(ProtocolError, text, advice)
 
 
-def _port_question(attempt: _Attempt, is_lost: bool) -> str:
+def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
     exchange = attempt.exchange
     is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
     if not is_plain or (is_lost and attempt.has_answer):  # the start of an answer was plain HTTP
@@ -1509,15 +1546,17 @@ def _error_of_connecting(
 
 
 def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainersError | None:
-    """Return the error of a failure of TLS after which there is no run, None for another one."""
+    """Return the error of a failure of TLS that rules out a run, else None."""
     import ssl
     exchange = attempt.exchange
     if not isinstance(failure, ssl.SSLError):
         return None
+    # A gateway whose backend is not up may take the connection and end it.
+    is_end = isinstance(failure, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
     text = f"TLS: {reason}"
     advice = "is this port for https?"
     if isinstance(failure, ssl.SSLCertVerificationError):
-        text = f"TLS: the certificate is refused: {exchange.quote(failure.verify_message)}"
+        text = f"TLS: the certificate is refused: {exchange.show(failure.verify_message)}"
         advice = _certificate_advice(exchange.environ)
     elif attempt.run_state != "not_sent":
         # A server of TLS 1.3 asks for a client's certificate when the request is on its way, and
@@ -1529,7 +1568,7 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
             return None
         attempt.enter_state("not_sent")
         advice = "the server asks for a client certificate, and none can be given"
-    return exchange.error(TransportError, text, advice)
+    return exchange.error(TransportError, text, advice, retryable=is_end)
 
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:
@@ -1541,8 +1580,8 @@ def _certificate_advice(environ: Mapping[str, str]) -> str:
         if problem:
             return f"{name} names {path}, which {problem}"
     paths = ssl.get_default_verify_paths()
-    has_files = any(names for _, _, names in os.walk(paths.capath or ""))
-    if not paths.cafile and not has_files:
+    has_files = any(names for _, _, names in os.walk(paths.openssl_capath))
+    if not has_files and not os.path.isfile(paths.openssl_cafile):
         return "no CA certificates here: install the package ca-certificates, or set SSL_CERT_FILE"
     return "check `api_url` and the clock, or set SSL_CERT_FILE to a PEM file with the server's CA"
 
@@ -1684,15 +1723,20 @@ _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
 class _Command:
     """A row of the table of commands."""
 
-    def __init__(self, method: str, code: int, columns: str, summary: str, text: str) -> None:
+    def __init__(
+        self, method: str, failure_code: int, columns: str, summary: str, description: str,
+        arguments: Sequence[tuple[str, bool, bool, str]], examples: Sequence[tuple[str, str]],
+    ) -> None:
         self.method = method  # of its request; it decides which scope the token needs
-        self.failure_code = code  # its exit code for failures that have no code of their own
+        self.failure_code = failure_code  # for failures that have no exit code of their own
         self.columns = columns.split()  # of the formats `text` and `tsv`
         self.summary = summary
-        self.description = text
+        self.description = description
+        self.arguments = arguments  # name, required, repeatable, description
+        self.examples = examples  # command line, what it does
 
 
-# To add a command, add a row here, a function to `_execute`, and a method to `Client`.
+# To add a command, add a row here, a function and its name in `_execute`, and a method of `Client`.
 _COMMANDS = {
     "status": _Command(
         "GET", 1, "id state owner details",
@@ -1700,6 +1744,8 @@ _COMMANDS = {
         "Prints the state of the account's container runner. With --wait it asks\n"
         "again while there is no token, name, port or answer, and while the runner\n"
         "is starting, pending or provisioning.",
+        [],
+        [("bus-containers status --wait 2m", "wait for the platform")],
     ),
     "run": _Command(
         "POST", 125, "run_id exit_code duration_ms image runner_name stdout stderr",
@@ -1711,34 +1757,41 @@ _COMMANDS = {
         "Nothing of this machine reaches the container: no file, variable, working\n"
         "directory or standard input. Put what it needs into `sh -c`, or use an image\n"
         "that holds it.",
+        [
+            ("command", True, False, "the program to run in the container"),
+            ("arg", False, True, "an argument of that program"),
+        ],
+        [
+            ("bus-containers run -- codex --version", "run in the profile codex"),
+            ("bus-containers run --image alpine -- ls", "run in an image"),
+        ],
     ),
     "runs": _Command(
         "GET", 1, "run_id state exit_code duration_ms image started_at command",
         "list the account's runs",
         "Prints the runs of the token's account, those in progress too.",
+        [],
+        [("bus-containers runs -f tsv", "a header row, then one row per run")],
     ),
     "delete": _Command(
         "DELETE", 1, "run_id deleted",
         "delete runs, stopping those in progress",
         "Continues after a run that cannot be deleted, and then exits with 1.",
+        [("run_id", True, True, "the id of a run")],
+        [("bus-containers delete run_123", "delete a run")],
     ),
     "help": _Command(
         "", 1, "",
         "print help for the program or a command",
         "With --format, prints the whole command line as an OpenCLI document.",
+        [("command", False, False, "a command of this program")],
+        [("bus-containers help --format opencli", "describe all this to a program")],
     ),
 }
 
-# In each table the first column is the commands that a row is of, empty for every command.
-_ARGUMENTS = [  # commands, name, required, repeatable, description
-    ("run", "command", True, False, "the program to run in the container"),
-    ("run", "arg", False, True, "an argument of that program"),
-    ("delete", "run_id", True, True, "the id of a run"),
-    ("help", "command", False, False, "a command of this program"),
-]
 # To add an option, add a row here, and use its value where the command runs.
-_OPTIONS = [  # commands, short name, long name, value, description, default
-    ("", "-h", "--help", "", "print help; after a command, the command's", ""),
+_OPTIONS = [  # command ("" is every one), short name, long name, value, description, default
+    ("", "-h", "--help", "", "print help; after a command, help for it", ""),
     ("", "-V", "--version", "", "print the version", ""),
     ("", "", "--api-url", "URL", "the API's origin, with a path prefix if any", ""),
     ("", "", "--token-file", "PATH", "read the token from a file, - is standard input", ""),
@@ -1748,7 +1801,7 @@ _OPTIONS = [  # commands, short name, long name, value, description, default
     ("", "-f", "--format", "json|text|tsv", "format of the result", "json"),
     ("", "-q", "--quiet", "", "discard the result, print nothing but errors", ""),
     ("", "-v", "--verbose", "", "report what was resolved, and each request", ""),
-    ("", "", "--trace", "", "as -vv: report HTTP headers, without the token", ""),
+    ("", "", "--trace", "", "report HTTP headers, without the token; as -vv", ""),
     ("", "", "--color", "auto|always|never", "colour, on standard error only", "auto"),
     ("", "", "--no-color", "", "no colour", ""),
     ("", "", "--error-format", "text|json", "json: errors as objects, one per line", "text"),
@@ -1759,22 +1812,14 @@ _OPTIONS = [  # commands, short name, long name, value, description, default
     ("run", "", "--timeout", "DURATION", "limit of the HTTP exchange, 0 is none", "30m"),
     ("help", "-f", "--format", "opencli|json", "print an OpenCLI document, by either name", ""),
 ]
-_EXIT_CODES = [  # commands, code, description
-    ("", "0", "success (for run: of the command, else the command's own exit code)"),
-    ("status runs delete help", "1", "any other failure, except of run"),
-    ("", "2", "usage error, nothing was sent"),
-    ("run", "125", "run: the client or platform failed; other codes are the command's"),
-    ("run", "N", "run: the command's exit code, 128+N for signal N, 255 if none fits"),
-    ("", "130", "interrupted"),
-    ("", "143", "terminated"),
-]
-_EXAMPLES = [  # commands, command line, what it does
-    ("status", "bus-containers status --wait 2m", "wait for the platform"),
-    ("run", "bus-containers run -- codex --version", "run in the profile codex"),
-    ("run", "bus-containers run --image alpine -- ls", "run in an image"),
-    ("runs", "bus-containers runs -f tsv", "a header row, then one row per run"),
-    ("delete", "bus-containers delete run_123", "delete a run"),
-    ("help", "bus-containers help --format opencli", "describe all this to a program"),
+_EXIT_CODES = [  # failure code of the commands that have it (0 is every one), code, description
+    (0, "0", "success (for run: of the command, else the command's own exit code)"),
+    (1, "1", "any other failure, except of run"),
+    (0, "2", "usage error, nothing was sent"),
+    (125, "125", "run: the client or platform failed; other codes are the command's"),
+    (125, "N", "run: the command's exit code, 128+N for signal N, 255 if none fits"),
+    (0, "130", "interrupted"),
+    (0, "143", "terminated"),
 ]
 _VARIABLES = [  # name, may hold a secret, description, default
     ("BUS_AI_API_URL", False, "the API's URL, after --api-url", _DEFAULT_API_URL),
@@ -1786,8 +1831,8 @@ _VARIABLES = [  # name, may hold a secret, description, default
     ("HTTPS_PROXY", True, "proxy for https, http://[USER:PASSWORD@]HOST:PORT", ""),
     ("HTTP_PROXY", True, "proxy for http, unless REQUEST_METHOD is set", ""),
     ("NO_PROXY", False, "hosts without proxy: names, .suffixes, addresses, CIDR, *", ""),
-    ("SSL_CERT_FILE", False, "file of CA certificates, instead of the system's", ""),
-    ("SSL_CERT_DIR", False, "directory of CA certificates, instead of the system's", ""),
+    ("SSL_CERT_FILE", False, "file of CA certificates, instead of the system's file", ""),
+    ("SSL_CERT_DIR", False, "folder of CA certificates, instead of the system's folder", ""),
     ("SSLKEYLOGFILE", False, "file that gets the keys of TLS, for packet analysers", ""),
     ("NO_COLOR", False, "no colour with --color auto, as with TERM=dumb", ""),
 ]
@@ -1799,14 +1844,13 @@ _DESCRIPTION = (
 )
 
 
-def _rows_of(table: Sequence[Any], command: str | None) -> list[Any]:
-    """Return the rows of a table that a command has; the program, None, has all of them."""
-    rows = []
-    for row in table:
-        commands = row[0].split()
-        if command is None or not commands or command in commands:
-            rows.append(row)
-    return rows
+def _exit_codes_of(command: str | None) -> list[tuple[str, str]]:
+    """Return the exit codes of a command, or all of them, with their descriptions."""
+    codes = []
+    for failure_code, code, text in _EXIT_CODES:
+        if command is None or failure_code in (0, _COMMANDS[command].failure_code):
+            codes.append((code, text))
+    return codes
 
 
 def _options_of(command: str | None) -> dict[str, Any]:
@@ -1818,14 +1862,15 @@ def _usage(command: str) -> str:
     words = f"{_PROGRAM} [OPTION...] {command}"
     if command == "run":
         words += " [--]"
-    for _, name, is_required, is_repeatable, _ in _rows_of(_ARGUMENTS, command):
+    for name, is_required, is_repeatable, _ in _COMMANDS[command].arguments:
         word = name.upper() + "..." * is_repeatable
         words += f" {word}" if is_required else f" [{word}]"
     return words
 
 
-def _table(width: int, rows: Iterable[Sequence[str]]) -> str:
+def _section(rows: Sequence[Sequence[str]], width: int = 0) -> str:
     """Return a section of a page: a term, what it means from a column on, and a default if any."""
+    width = width or max(len(row[0]) for row in rows) + 2
     lines = []
     for term, text, *default in rows:
         line = f"    {term:{width}}{text}"
@@ -1835,12 +1880,16 @@ def _table(width: int, rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _options_table(owner: str) -> str:
+def _options_section(owner: str) -> str:
+    """Return the options of a command, or those of every command, aligned with all the others."""
     rows = []
+    width = 0
     for command, short, long, value, *rest in _OPTIONS:
+        term = f"{short}, {long} {value}".strip(", ")
+        width = max(width, len(term) + 2)
         if command == owner:
-            rows.append((f"{short}, {long} {value}".strip(", "), *rest))
-    return _table(28, rows)
+            rows.append((term, *rest))
+    return _section(rows, width)
 
 
 def _page(command: str | None) -> str:
@@ -1851,27 +1900,24 @@ def _page(command: str | None) -> str:
         row = _COMMANDS[command]
         title, description = f"{_PROGRAM} {command} - {row.summary}", row.description
         see = f"{_PROGRAM} help, for the options of every command and the environment"
-        tables = {"OPTIONS": _options_table(command)}
+        tables = {"OPTIONS": _options_section(command)}
     else:
         title, description = f"{_PROGRAM} - {_SUMMARY}", _DESCRIPTION
         see = f"{_PROGRAM} help COMMAND, bus auth, bus billing"
-        options = _options_table("")
+        options = _options_section("")
         for name in names:
-            if _options_table(name):
-                options += f"\n  of {name}\n{_options_table(name)}"
-        commands = [(name, row.summary) for name, row in _COMMANDS.items()]
-        variables = [(name, *rest) for name, _, *rest in _VARIABLES]
+            if _options_section(name):
+                options += f"\n  of {name}\n{_options_section(name)}"
         tables = {
-            "COMMANDS": _table(8, commands),
+            "COMMANDS": _section([(name, _COMMANDS[name].summary) for name in names]),
             "OPTIONS": options,
-            "ENVIRONMENT": _table(19, variables),
+            "ENVIRONMENT": _section([(name, *rest) for name, _, *rest in _VARIABLES]),
         }
     indented = description.replace("\n", "\n    ")
     sections = {"NAME": f"    {title}", **sections, "DESCRIPTION": f"    {indented}", **tables}
-    codes = [row[1:] for row in _rows_of(_EXIT_CODES, command)]
-    examples = [row[1:] for row in _rows_of(_EXAMPLES, command)]
-    sections["EXIT STATUS"] = _table(5, codes)
-    sections["EXAMPLES"] = _table(42, examples)
+    examples = [example for name in names for example in _COMMANDS[name].examples]
+    sections["EXIT STATUS"] = _section(_exit_codes_of(command))
+    sections["EXAMPLES"] = _section(examples)
     sections["SEE ALSO"] = f"    {see}"
     return "\n\n".join(f"{name}\n{text}" for name, text in sections.items() if text) + "\n"
 
@@ -1914,18 +1960,13 @@ def _opencli_command(command: str, row: _Command) -> Document:
         option.update(valueName=value, required=False, repeatable=name == "--verbose")
         options.append({**option, "default": default})
     # Go programs read a code as an integer. The container's own has no number.
-    codes = []
-    for _, code, text in _rows_of(_EXIT_CODES, command):
-        if code.isdigit():
-            codes.append((int(code), text))
-    arguments = [row[1:] for row in _rows_of(_ARGUMENTS, command)]
-    examples = [row[1:] for row in _rows_of(_EXAMPLES, command)]
+    codes = [(int(code), text) for code, text in _exit_codes_of(command) if code.isdigit()]
     return {
         "name": command, "summary": row.summary, "description": " ".join(row.description.split()),
         "usage": _usage(command), "options": options,
-        "arguments": _objects("name required repeatable description", arguments),
+        "arguments": _objects("name required repeatable description", row.arguments),
         "exitCodes": _objects("code description", codes),
-        "examples": _objects("command summary", examples),
+        "examples": _objects("command summary", row.examples),
     }
 
 
@@ -1990,7 +2031,7 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
             raise _UsageError(f"{name} does not take a value")
         arguments.append(name if value is None else f"{name}={value}")
     if command not in _COMMANDS:
-        problem = f"unknown command {_quoted(command or '')!r}"
+        problem = f"unknown command {_shown(command or '')!r}"
         raise _UsageError(f"{problem if command else 'no command'}: use one of {_command_names()}")
     args = _build_parser(rows).parse_args(arguments)
     args.command, args.words = command, words
@@ -2025,7 +2066,7 @@ def _unknown_option(name: str) -> str:
     owners = [row[0] for row in _OPTIONS if name in row[1:3]]
     if owners:
         return f"{name} is an option of {' and '.join(owners)}"
-    return f"no such option: {_quoted(name)}"
+    return f"no such option: {_shown(name)}"
 
 
 def _convert(name: str, value_name: str, text: str) -> Any:
@@ -2035,12 +2076,12 @@ def _convert(name: str, value_name: str, text: str) -> Any:
     if "|" in value_name:
         if text not in value_name.split("|"):
             wanted = value_name.replace("|", " or ")
-            raise _UsageError(f"{name}: {_quoted(text)!r} is not {wanted}")
+            raise _UsageError(f"{name}: {_shown(text)!r} is not {wanted}")
     elif value_name == "DURATION":
         return _convert_duration(name, text)
     elif value_name == "N":
         if not (text.isascii() and text.isdigit() and len(text) <= 15):
-            raise _UsageError(f"{name}: {_quoted(text)!r} is not a whole number >= 0")
+            raise _UsageError(f"{name}: {_shown(text)!r} is not a whole number >= 0")
         return int(text)
     elif value_name in ("DIR", "FILE", "PATH"):
         return os.fsdecode(text.encode(errors="surrogateescape"))  # as the system spells it
@@ -2053,7 +2094,7 @@ def _convert_duration(name: str, text: str) -> float:
     except ConfigError as error:
         raise _UsageError(f"{name}: {error}") from None
     if seconds < 0:
-        raise _UsageError(f"{name}: {_quoted(text)!r} is not a duration >= 0")
+        raise _UsageError(f"{name}: {_shown(text)!r} is not a duration >= 0")
     return seconds
 
 
@@ -2061,28 +2102,34 @@ def _check_words(args: argparse.Namespace) -> None:
     """Raise what is wrong with the words of a command line, and with its options together."""
     if args.quiet and (args.verbose or args.trace):
         raise _UsageError("--quiet and --verbose or --trace exclude each other")
-    most = len(_rows_of(_ARGUMENTS, args.command))
-    for _, _, is_required, is_repeatable, _ in _rows_of(_ARGUMENTS, args.command):
+    arguments = _COMMANDS[args.command].arguments
+    most = len(arguments)
+    for _, is_required, is_repeatable, _ in arguments:
         if is_required and not args.words:
             raise _UsageError(f"missing argument: {_usage(args.command)}")
         if is_repeatable:
             most = len(args.words)
     if len(args.words) > most:
-        raise _UsageError(f"{args.command} does not take the argument {_quoted(args.words[-1])!r}")
+        raise _UsageError(f"{args.command} does not take the argument {_shown(args.words[-1])!r}")
     try:
-        if args.command == "run":
-            _run_request(args.words, args.profile, args.image, args.timeout_seconds)
-        if args.command == "delete":
-            for run_id in args.words:
-                _path_segment(run_id)
+        _check_request(args, arguments)
     except ConfigError as error:
+        # What the library says of a value that a program got somewhere is here the user's mistake.
         raise _UsageError(error.reason, error.advice) from None
+
+
+def _check_request(args: argparse.Namespace, arguments: Sequence[Any]) -> None:
+    if args.command == "run":
+        _run_request(args.words, args.profile, args.image, args.timeout_seconds)
+    if arguments and arguments[0][0] == "run_id":
+        for run_id in args.words:
+            _path_segment(run_id)
 
 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
 
-# A host program may have put any object in the place of a standard stream.
+# A host program may have replaced a standard stream by any object.
 def _descriptor(stream: Any) -> int | None:
     if not isinstance(stream, io.TextIOWrapper):
         return None
@@ -2115,7 +2162,8 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
 
 
 def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
-    stream.flush()  # of what others wrote
+    # What others wrote is still in the stream's buffer, and comes first.
+    stream.flush()
     descriptor = _descriptor(stream)
     if descriptor is not None:
         _write_all(descriptor, pieces)
@@ -2129,7 +2177,9 @@ class _Reporter(_Observer):
     """All that goes to standard error, as text or JSON, and a line about what is in progress."""
 
     def __init__(self, options: _Options, process: _Process | None) -> None:
-        given = dict(options)  # the last one counts
+        # The options are looked at before they are checked: what is wrong with one of them has to
+        # be printed as the others say. The last one of a name counts.
+        given = dict(options)
         self.is_quiet = "--quiet" in given
         self.is_json = given.get("--error-format") == "json"
         self.is_tracing = "--trace" in given or options.count(("--verbose", None)) > 1
@@ -2197,7 +2247,7 @@ class _Reporter(_Observer):
             self._print("trace", f"{mark} {line}", f"{mark} {line}")
 
     def show_progress(self, text: str) -> None:
-        """Show from its first second on how long something has been going on; "" ends that."""
+        """Start to show how long something takes, after its first second; "" stops that."""
         if self.drawn:
             self._write(self._erasure(), 0)
         self.drawn = ""
@@ -2235,7 +2285,7 @@ class _Reporter(_Observer):
         return code
 
     def fault(self, fault: Exception, command: str | None, exit_code: int) -> int:
-        """Print an exception that nobody foresaw; --verbose shows where, but no value of it."""
+        """Print an unexpected exception; --verbose adds the places, without values."""
         # Python wraps what the handler of a signal raises in some of its own callbacks.
         if self.process is not None and self.process.signal_number:
             return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
@@ -2248,7 +2298,7 @@ class _Reporter(_Observer):
         return exit_code
 
     def run_ended(self, document: Document) -> None:
-        """Print what the format `text` of a run says on standard error: its own, and a line."""
+        """Print what `run --format text` has for standard error: the container's, and a line."""
         errors = _cell(document, "stderr")
         output = errors or _cell(document, "stdout")
         if output and output[-1] != "\n" and (errors or self.is_terminal):
@@ -2258,7 +2308,7 @@ class _Reporter(_Observer):
         except (AttributeError, OSError, ValueError):
             pass  # there is no other place for it
         fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
-        run_id, code, duration = (_quoted(_cell(fields, name)) for name in fields)
+        run_id, code, duration = (_shown(_cell(fields, name)) for name in fields)
         text = f"run {run_id} ended" if run_id else "the run ended"
         if code:
             text += f" with exit code {code}"
@@ -2295,7 +2345,8 @@ class _Reporter(_Observer):
         try:
             descriptor = _descriptor(sys.stderr)
             if descriptor is None:
-                sys.stderr.write(text)
+                encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+                sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding))
                 sys.stderr.flush()
                 return
             # POSIX: a pipe that is writable takes 512 bytes at once, here of up to 4 a character.
@@ -2316,11 +2367,12 @@ class _Reporter(_Observer):
 
 
 class _Result:
-    """The way of a result to standard output or to a file, proved open before the request.
+    """Where the result goes, standard output or a file; proved to be open before the request.
 
-    At any moment the file holds its old content or one whole result: the result is written beside
-    it and renamed. Where that cannot be (a device, a FIFO, a hard link, another's file, a folder
-    that cannot be written to, a mounted file), it is overwritten, as with a shell's `>`.
+    The result is written to a new file beside it, which is then renamed, so that the path holds its
+    old content or one whole result at any moment. Where that is impossible (a device, a FIFO, a
+    hard link, a file of another owner, a folder that cannot be written to, a mounted file), the
+    file is overwritten, as with a shell's `>`.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -2356,9 +2408,9 @@ class _Result:
             self.close()
 
     def close(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        held, self._held = self._held, None  # closed once, even where that fails
+        if held is not None:
+            os.close(held)
 
     def _error(self, error: Exception) -> _OutputError:
         place = self._path or "standard output"
@@ -2397,8 +2449,7 @@ def _name_beside(path: str) -> str:
     # A link stays, and what it names gets the result. A dangling one is no reason not to.
     if os.path.islink(path):
         path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name[:64]}.{os.urandom(6).hex()}.tmp")
+    return os.path.join(os.path.dirname(path), f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
 
 
 def _create(path: str) -> int:
@@ -2421,10 +2472,10 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         old = None
     # The other names of a hard link would keep the old content, and so would whoever has the file
     # open, as the shell has /dev/stdout.
-    is_open = os.path.abspath(path).startswith(("/dev/", "/proc/"))
+    is_special = os.path.abspath(path).startswith(("/dev/", "/proc/"))
     if old is not None:
         is_plain = stat.S_ISREG(old.st_mode) and old.st_nlink == 1
-        if is_open or not is_plain:
+        if is_special or not is_plain:
             return False
     # A signal may come at any moment, so the name is known before there is a file of it.
     temporary = _name_beside(path)
@@ -2459,6 +2510,7 @@ def _rename(temporary: str, path: str) -> bool:
 
 def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     """Return the client that options and environment ask for, and explain where they are from."""
+    import urllib.parse
     # The URL comes first, so that --verbose shows it where there is no token.
     url, source = resolve_api_url(args.api_url, os.environ)
     if source != "default":
@@ -2473,9 +2525,9 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     if report.is_verbose:
         facts = _token_facts(token, _SCOPES[_COMMANDS[args.command].method])
         report.explain(f"token from {source}: {'; '.join(facts)}")
-    _, _, host = url.partition("://")
+    host = urllib.parse.urlsplit(url).hostname or ""
     # A name without a dot is of this machine or of a compose file.
-    is_near = "." not in host and "[" not in host
+    is_near = "." not in host and ":" not in host
     if url.startswith("http:") and not is_near and not _is_listed(url, _PRIVATE):
         report.warn(f"the token goes to {url} unencrypted: use https")
     client = Client(url, token)
@@ -2512,7 +2564,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             waiting = [s for s in states if s.lower() in ("starting", "pending", "provisioning")]
             if not waiting:
                 return document
-            reason = f"the runner is {_quoted(waiting[0])}"
+            reason = f"the runner is {_shown(waiting[0])}"
         except BusContainersError as error:
             if not error.retryable and not isinstance(error, _MissingTokenError):
                 raise
@@ -2525,7 +2577,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
         if left <= 0:
             text = f"the platform is not ready after {_rounded(args.wait)}: {reason}"
             raise DeadlineError(text)
-        _pause(min(pause_seconds, left), report.tick)
+        _pause(min(pause_seconds, end - time.monotonic()), report.tick)
         pause_seconds = min(2 * pause_seconds, _WAIT_PAUSE_SECONDS)
 
 
@@ -2548,7 +2600,7 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     finally:
         report.show_progress("")
     if document.get("exit_code") in (126, 127):
-        text = f"the container could not start {_quoted(args.words[0])!r}"
+        text = f"the container could not start {_shown(args.words[0])!r}"
         hint = "an image is named by --image, a profile by --profile"
         if len(args.words) == 1 and " " in args.words[0]:
             hint = "leave out the quotes around the command, or use sh -c"
@@ -2567,6 +2619,11 @@ def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
             report.deleted.append(client.delete(run_id))
         except (TransportError, ProtocolError, ApiError) as error:
             report.error(error, args.command)
+    return _deleted_document(args, report)
+
+
+def _deleted_document(args: argparse.Namespace, report: _Reporter) -> Any:
+    """Return the document of what has been deleted so far: a list where several were asked for."""
     if len(args.words) > 1:
         return report.deleted
     return report.deleted[0] if report.deleted else None
@@ -2575,9 +2632,9 @@ def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
 def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
     topic = "".join(args.words)
     if topic and args.format:
-        raise _UsageError(f"there is one document of all commands: leave out {_quoted(topic)!r}")
+        raise _UsageError(f"there is one document of all commands: leave out {_shown(topic)!r}")
     if topic and topic not in _COMMANDS:
-        raise _UsageError(f"no help about {_quoted(topic)!r}: there is {_command_names()}")
+        raise _UsageError(f"no help about {_shown(topic)!r}: there is {_command_names()}")
     if args.format:
         return _opencli_document()
     return _page(topic or None)
@@ -2649,16 +2706,19 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         except (OSError, ValueError) as error:
             raise ConfigError(f"--chdir {args.chdir}: {_reason_of(error)}") from None
     result = None if args.quiet else _Result(args.output)
+    # A name that is not in the table is refused by _parse.
     functions = {"status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help}
     try:
-        document = functions[args.command](args, report)
+        try:
+            document = functions[args.command](args, report)
+        except KeyboardInterrupt:
+            if report.deleted:
+                _write_result(args, result, _deleted_document(args, report))
+            raise
         if args.command == "run":
             return _finish_run(args, result, document, report)
         _write_result(args, result, document)
         return 1 if report.has_failed else 0
-    except KeyboardInterrupt:
-        _write_result(args, result, report.deleted or None)
-        raise
     finally:
         if result is not None:
             result.close()
@@ -2679,8 +2739,8 @@ def _finish_run(
     """Write a run's result and return the container's exit code, as far as it is one."""
     import json
     code = document.get("exit_code")
-    shown = _quoted(json.dumps(code))
-    run = f"the run {_quoted(_cell(document, 'run_id'))}".strip()
+    shown = _shown(json.dumps(code))
+    run = f"the run {_shown(_cell(document, 'run_id'))}".strip()
     try:
         _write_result(args, result, document)
     except _OutputError as error:
@@ -2713,6 +2773,7 @@ class _Process:
         # In the background of a script SIGINT is ignored, and stays so. PID 1 has no default.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
+        # SIGTERM has to take the line of progress away, and to tell what is known of a run.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._interrupt)
         gc.disable()  # a process this short has nothing to collect

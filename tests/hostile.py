@@ -27,11 +27,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote
 
 from support import DOCUMENTS, LIMIT, Spoken, chain, spoken, together
@@ -229,8 +228,13 @@ def drip(data: bytes, first: bytes = b"", every: float = 0.2) -> Script:
 
 
 def drip_at_once(data: bytes) -> Script:
-    """Send a byte at a time without reading anything."""
-    return lambda connection: connection.drip(data)
+    """Once the client has begun, send a byte at a time without reading anything."""
+
+    def script(connection: Connection) -> None:
+        connection.await_data()
+        connection.drip(data)
+
+    return script
 
 
 def never_read() -> Script:
@@ -788,38 +792,3 @@ def why_no_name_server() -> str:
         except OSError as error:
             return f"port 53 of a loopback address cannot be bound: {error}"
     return ""
-
-
-# --- until converted --------------------------------------------------------------------------
-
-CaseT = TypeVar("CaseT")
-OutcomeT = TypeVar("OutcomeT")
-
-
-class Herd(Generic[CaseT, OutcomeT]):  # until converted: `support.check_each` takes its place
-    """Does the work of a whole table side by side; the first test to ask starts all of it."""
-
-    def __init__(
-        self, work: Callable[[CaseT], OutcomeT], table: Sequence[CaseT], workers: int = 4
-    ) -> None:
-        self._work = work
-        self._table = table
-        self._pool = ThreadPoolExecutor(workers)
-        self._futures: dict[int, Future[OutcomeT]] = {}
-
-    def outcome(self, case: CaseT) -> OutcomeT:
-        if not self._futures:
-            self._futures = {id(c): self._pool.submit(self._work, c) for c in self._table}
-        return self._futures[id(case)].result(LIMIT * 3)
-
-    def __enter__(self) -> Herd[CaseT, OutcomeT]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def full_port(*hosts: str) -> Iterator[int]:  # until converted: `FullPort`
-    with FullPort(*hosts) as full:
-        yield full.port

@@ -389,7 +389,7 @@ def test_text_of_runs(show: Show) -> None:
         ({"args": ["echo", "a b"]}, "echo 'a b'"),
         ({"command": ["echo", "a'b", ""]}, """echo 'a'"'"'b' ''"""),
         ({"args": ["x" * 100]}, "x" * 100),
-        ({"args": ["\u00e4", "*"]}, "\u00e4 '*'"),
+        ({"args": ["\u00e4", "*"]}, "'\u00e4' '*'"),
         ({"args": []}, ""),
         ({}, ""),
     ],

@@ -78,7 +78,7 @@ def failure(status: int, **error: object) -> bytes:
 DENIED: dict[str, tuple[dict[str, Any], str]] = {  # claims of a token, and what is said of it
     "expired": ({"expires_in": -3 * 3600.0 - 5}, "the token expired 3 h ago"),
     "expired-days": ({"expires_in": -5 * 86400.0 - 5}, "the token expired 5 d ago"),
-    "not-yet": ({"not_before": 5 * 3600.0 + 5}, "the token is not valid for another 5 h"),
+    "not-yet": ({"not_before": 5 * 3600.0 + 5}, "the token is valid only in 5 h"),
     "no-run": ({"scope": "container:read billing:read"},
                "the token lacks the scope container:run (it has: container:read billing:read)"),
     "no-scope": ({"scope": None}, "the token lacks the scope container:run (it has: none)"),

@@ -41,7 +41,7 @@ from support import (
 Serve = Callable[..., Hostile]
 RUN = ("run", "--", "true")
 PRINTED = as_json(DOCUMENTS["run"])
-REPORT = "; please report this line: the program or its Python is at fault"
+REPORT = "; this is a bug of the program or of its Python; please report this line"
 
 
 def check_fault(result: Result, code: int, *says: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def as_started(program: Program, script: str, *before: str) -> Program:
 # --- a Python, or a machine, with parts missing -----------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiers(["json", "http", "select"], "json"))
+@pytest.mark.parametrize("name", tiers(["json", "http", "selectors"], "json"))
 def test_a_file_in_the_way_of_a_module(
     name: str, program: Program, api: Api, tmp_path: Path
 ) -> None:
@@ -95,7 +95,7 @@ def test_a_file_in_the_way_of_any_module(program: Program, api: Api, tmp_path: P
 
     nothing = Program([sys.executable, "-c", "pass"], program.home, program.folder)
     names = loaded(program, *RUN) - loaded(nothing) - {*sys.builtin_module_names, "bus_containers"}
-    assert {"json", "http", "socket", "select", "urllib"} < names
+    assert {"json", "http", "socket", "selectors", "urllib"} < names
 
     def check(name: str) -> None:
         env = shadow(tmp_path, name)

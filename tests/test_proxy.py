@@ -517,7 +517,7 @@ LINES = {
     "with-a-login": ("http", "user:refused@", answer(HTML, "407 Who"),
         "WHERE: HTTP 407 Who; by NAME; it refused the login in its URL"),
     "by-either": ("http", "", answer(HTML, "403 Forbidden"),
-        "WHERE: HTTP 403 Forbidden; by NAME; it may be the API's word, too"),
+        "WHERE: HTTP 403 Forbidden; by NAME, or by the API itself"),
     "by-the-api": ("http", "", answer(b'{"error":{"type":"t","message":"m"}}', "403 Forbidden"),
         "WHERE: HTTP 403 t: m"),
     "not-http": ("https", "", last_words(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
