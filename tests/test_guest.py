@@ -146,8 +146,10 @@ HOSTS = [
             import _interpreters as interpreters  # 3.13
         except ImportError:
             import _xxsubinterpreters as interpreters
-        problem = interpreters.run_string(interpreters.create(), {IN_SUBINTERPRETER!r})
+        interpreter = interpreters.create()
+        problem = interpreters.run_string(interpreter, {IN_SUBINTERPRETER!r})
         assert problem is None, problem
+        interpreters.destroy(interpreter)
         """,
         "OK True",
     ),

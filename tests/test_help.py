@@ -650,6 +650,7 @@ def test_the_document_comes_before_the_caller_loses_patience(program: Program) -
 # `bus-containers` slower, and belongs into the function that needs it.
 MAY_LOAD = {"__future__", "itertools", "gc", "signal", "enum", "types", "operator", "functools"}
 MAY_LOAD |= {"_operator", "_functools", "_collections", "collections", "keyword", "reprlib"}
+MAY_LOAD |= {"_types", "heapq", "_heapq"}  # of Python 3.14 and 3.9.2
 
 
 def loaded(*line: str) -> set[str]:
@@ -708,7 +709,7 @@ MAY_CATCH: set[tuple[str, str]] = {
     ("_is_writable", "AttributeError"),  # streams may be any objects with a `write`
     ("_Reporter.__init__", "AttributeError"),
     ("_Reporter.run_ended", "AttributeError"),
-    ("_Reporter._print", "AttributeError"),
+    ("_Reporter._print", "Exception"),  # a json.py in the way must not hide an error
     ("_Reporter._write", "AttributeError"),
 }
 

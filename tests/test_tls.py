@@ -99,7 +99,6 @@ class Odd:
         (folder / "leaf.ext").write_text("subjectAltName=IP:127.0.0.1\n")
         self.trusted = {
             "constraints-not-critical": (self._issue("plain"), folder / "plain.pem"),
-            "authority-of-version-1": (self._issue("v1"), folder / "v1.pem"),
             "the-server-itself": (certificates.good, certificates.good),
         }
 
@@ -124,7 +123,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory, certificates: Certificates) ->
     return Odd(tmp_path_factory.mktemp("odd"), certificates)
 
 
-ODD = ["constraints-not-critical", "authority-of-version-1", "the-server-itself"]
+ODD = ["constraints-not-critical", "the-server-itself"]
 
 
 @pytest.mark.parametrize("kind", ODD)
