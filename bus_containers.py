@@ -8,8 +8,9 @@ Three ways to run it, one behaviour:
     python bus_containers.pyz run -- codex --version        the zipapp, nothing installed
     python bus_containers.py run -- codex --version         this file, vendored anywhere
 
-As a library it never prints, exits, reads `sys.argv` or touches a signal handler. It offers the
-class `Client`, the functions that `__all__` lists, and these errors:
+As a library it never prints, exits, reads `sys.argv` or touches a signal handler: only `main` and
+`console` do, which are the command line. It offers the class `Client`, the functions that `__all__`
+lists, and these errors:
 
     BusContainersError          every error raised on purpose: `reason`, `advice`, `run_state`
     +-- ConfigError             a URL, token or value that cannot be used; nothing was sent
@@ -23,7 +24,8 @@ Exit codes: 0 success; 2 usage error, nothing sent; 1 any other failure of `stat
 143 terminated.
 
 Data goes one way: argv -> options -> settings -> client -> exchange -> attempt -> answer ->
-document -> format -> result. Public things come first, then what serves them.
+document -> format -> result. The file has errors and the client first, then what serves them, then
+the command line: tables, parser, output, commands, `main` and `console`.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ else:
     Any = NoReturn = object
     Document = dict
 
-# Long names of options with their values, which are None where there is none.
+# Pairs of an option's long name and its value, None for an option that is written without one.
 _Options = Sequence["tuple[str, str | None]"]
-# Makes the pieces of a result, anew if they have to go to another place.
+# Makes the pieces of a result. It is called again if they have to go elsewhere.
 _MakePieces = Callable[[], Iterable[str]]
 
 __all__ = [
@@ -69,7 +71,8 @@ _DEFAULT_API_URL = "https://ai.hg.fi"
 _DEFAULT_PROFILE = "codex"
 _AUDIENCE = "ai.hg.fi/api"
 _SCOPES = {"GET": "container:read", "POST": "container:run", "DELETE": "container:delete"}
-_TOKEN_ADVICE = f'make one with: bus auth token --scope "{" ".join(_SCOPES.values())} billing:read"'
+_ALL_SCOPES = " ".join((*_SCOPES.values(), "billing:read"))
+_TOKEN_ADVICE = f'make one with: bus auth token --scope "{_ALL_SCOPES}"'
 _RUN_ADVICE = (
     "the run may still be executing and counting against the quota: "
     f"look with `{_PROGRAM} runs`, end it with `{_PROGRAM} delete RUN_ID`"
@@ -79,7 +82,7 @@ _TIMEOUT_SECONDS = 30.0
 _RUN_TIMEOUT_SECONDS = 1800.0  # runs of half an hour are normal
 # On top of the run's own limit: for a cold start, and for the answer's way back.
 _RUN_MARGIN_SECONDS = 30.0
-_MAX_SECONDS = 10.0**15  # longer than Go's longest duration; a float still counts single seconds
+_MAX_SECONDS = 10.0**15  # longer than Go's longest duration, and still exact to a second as a float
 # A firewall that drops packets is noticed in seconds, not at the limit of a run.
 _CONNECT_SECONDS = 10.0
 # RFC 8305, section 5, recommends this delay before the next address is tried.
@@ -143,8 +146,8 @@ class BusContainersError(Exception):
     run_state: str | None = None
     """What is known of a run: `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`."""
 
-    # pickle and copy call a class with what Exception was given, then restore the attributes. So
-    # no error of this module asks for more than its reason.
+    # pickle and copy build an error from what Exception was given, and then set its attributes. So
+    # each class here can be called with its reason alone.
     def __init__(self, reason: str, advice: str = "", *, retryable: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason  # what failed, and where
@@ -160,7 +163,7 @@ class BusContainersError(Exception):
         return text
 
     def as_document(self) -> Document:
-        """Return the error as `--error-format json` prints it; what it does not have is None."""
+        """Return the fields of `--error-format json`, to which `run` adds `run_state`."""
         document: Document = {"kind": self.kind, "text": str(self)}
         for name in ("status", "type", "message", "action", "command", "document"):
             document[name] = getattr(self, name, None)
@@ -305,7 +308,7 @@ class Client:
         document: Document = exchange.fetch()
         if document:
             return document
-        raise exchange.error(ProtocolError, "HTTP 200, but the answer says nothing")
+        raise exchange.error(ProtocolError, "the answer says nothing")
 
     def run(
         self, command: Sequence[str], *, profile: str | None = None, image: str | None = None,
@@ -314,8 +317,8 @@ class Client:
         """Run a command in a fresh container; return `run_id`, `exit_code`, `stdout` and more.
 
         Without `profile` and `image` the profile is `codex`. `timeout_seconds` limits the run,
-        `timeout` the exchange: by default 30 s more than the run's limit, or 30 minutes. An error,
-        and a KeyboardInterrupt, say by `run_state` whether the run may be going on.
+        `timeout` the exchange: by default 30 s more than the run's limit, or 30 minutes. The
+        `run_state` of an error or a KeyboardInterrupt tells whether the run may be going on.
         """
         request = _run_request(command, profile, image, timeout_seconds)
         if timeout is None:
@@ -355,12 +358,11 @@ class Client:
             document = {"items": document}
         if "items" not in document and "runs" in document:
             document = {"items": document.pop("runs"), **document}
-        items = document.setdefault("items", "missing")
         # Go writes an empty list as null.
-        if items is None:
+        if document.get("items", "") is None:
             document["items"] = []
-        elif not isinstance(items, list):
-            raise exchange.error(ProtocolError, "HTTP 200, but the answer lists no runs")
+        if not isinstance(document.get("items"), list):
+            raise exchange.error(ProtocolError, "the answer lists no runs")
         return dict(document)
 
     def delete(self, run_id: str) -> Document:
@@ -388,7 +390,7 @@ class Client:
 def _load_modules(api_url: str) -> dict[str, Any]:
     """Import what a request needs, and return all modules. Raises BusContainersError.
 
-    A Python without `_ssl`, or without a free descriptor, has to show before anything is sent.
+    A missing `_ssl`, or no free descriptor to read a module, has to show before anything is sent.
     """
     try:
         for name in ("http.client", "json", "re", "selectors", "threading", "urllib.request"):
@@ -423,8 +425,8 @@ def _run_request(
             raise ConfigError(f"`{name}` {value!r} is not a name")
     if not _is_list_of_words(command):
         raise ConfigError("`command` is not a list of words")
-    words = "args" if image is None else "command"
-    request: Document = {**place, words: list(command)}
+    key = "args" if image is None else "command"
+    request: Document = {**place, key: list(command)}
     if timeout_seconds is not None:
         if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
             raise ConfigError(f"`timeout_seconds` {timeout_seconds!r} is not a whole number >= 0")
@@ -558,20 +560,16 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
             data = file.read(65537)
         if len(data) > 65536:
             problem = f"the token in {name} is larger than 64 KiB"
-        elif path == "-" and not data.strip():
-            # There is nothing to wait for.
-            problem = f"no token: {name} is empty; {_TOKEN_ADVICE}"
     except FileNotFoundError:
         problem = f"no token: {missing or f'{name} does not exist'}"
-        if not _looks_like_token(path):
+        if missing or not _looks_like_token(path):
             raise _MissingTokenError(problem, _TOKEN_ADVICE) from None
     except (OSError, ValueError) as error:
         problem = f"cannot read a token from {name}: {_reason_of(error)}"
     if not problem:
         return _checked_token(data.decode("latin-1"), name), name
-    # Raised after the handlers, as the path, which may be the token, is in the error that would
-    # hang behind this one.
-    if _looks_like_token(path):
+    # Raised outside of the handlers: the error that would hang behind this one holds the path.
+    if not missing and _looks_like_token(path):
         problem = "--token-file: its value looks like a token, not a path"
     raise ConfigError(problem)
 
@@ -579,20 +577,23 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
 def _looks_like_token(path: str) -> bool:
     _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
     is_long = len(word) >= 20 and "/" not in path and "\\" not in path
-    return is_long or "eyJ" in path
+    return (is_long or "eyJ" in path) and not os.path.exists(path)
 
 
 def _checked_token(text: str, source: str) -> str:
     """Return a token without the blanks around it, or raise an error that names its source.
 
-    http.client would quote a header that it cannot send in its error, so it is checked here.
+    The error of http.client for a header that it cannot send quotes it, so it is checked here.
     """
     import re
     if not isinstance(text, str):
         raise ConfigError(f"{source} is not text")
     token = text.strip(" \t\r\n\v\f")
     if not token:
-        raise _MissingTokenError(f"no token: {source} is empty", _TOKEN_ADVICE)
+        kind: type[ConfigError] = _MissingTokenError
+        if source == "standard input":  # there is nothing to wait for
+            kind = ConfigError
+        raise kind(f"no token: {source} is empty", _TOKEN_ADVICE)
     if re.fullmatch("[!-~]+", token):
         return token
     problem = "holds a character that is not visible ASCII"
@@ -613,6 +614,8 @@ def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     `HTTPS_PROXY` or `HTTP_PROXY`, less what `NO_PROXY` names, each also in lower case, by the rules
     of golang.org/x/net/http/httpproxy, as the other Bus tools are Go. Raises ConfigError.
     """
+    if not _is_base_url(url.partition("?")[0].partition("#")[0]):
+        raise ConfigError(f"{_redacted_url(url)!r} is not a URL that can have a proxy")
     return _proxy_and_source(url, environ)[0]
 
 
@@ -640,11 +643,13 @@ def _checked_proxy(proxy: str, source: str) -> str:
         scheme, rest = "http", proxy
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     login, at, place = authority.rpartition("@")
-    is_usable = scheme.lower() == "http" and re.fullmatch("[!-~]*", login)
+    # urlsplit refuses a bracket outside of an IPv6 address, and quotes what it finds there.
+    is_usable = scheme.lower() == "http" and re.fullmatch(r"[!-Z\\^-~]*", login)
     hint = ""
-    # A path after the port is ignored, as Go and curl do. But a login may have been cut there.
-    if "@" in rest[len(authority) :]:
-        hint = ": percent-encode / as %2F, ? as %3F and # as %23 in USER and PASSWORD"
+    # A path after the port is ignored, as in Go and curl. But an @ in it means that a / ? or # of
+    # the login has ended the authority.
+    if "@" in rest[len(authority) :] or "[" in login or "]" in login:
+        hint = ": percent-encode / ? # [ ] as %2F %3F %23 %5B %5D in USER and PASSWORD"
     elif is_usable and _is_base_url(f"http://{place}"):
         return f"http://{login}{at}{place}"
     raise _UsageError(f"{source}: {_redacted_url(proxy)!r} is not {_PROXY_URL}{hint}")
@@ -727,6 +732,8 @@ def parse_duration(text: str) -> float:
     Raises ConfigError for what https://pkg.go.dev/time#ParseDuration does not take.
     """
     import re
+    if not isinstance(text, str):
+        raise ConfigError(f"{text!r} is not text")
     digits = text
     if text.startswith(("-", "+")):
         digits = text[1:]
@@ -740,8 +747,8 @@ def parse_duration(text: str) -> float:
     nanoseconds = 0
     for number, unit in re.findall(_DURATION_PART, digits):
         whole, _, fraction = number.partition(".")
-        # The longest duration has 19 digits, and a nanosecond is the 13th of an hour. An int of
-        # thousands of digits would be refused.
+        # The longest duration has 19 digits, and a nanosecond is in the 13th decimal of an hour. An
+        # int of thousands of digits would be refused.
         whole, fraction = whole.lstrip("0")[:20], fraction[:18]
         nanoseconds += int(whole or "0") * _UNIT_NANOSECONDS[unit]
         # Go, too, computes the fraction as a float and cuts it off.
@@ -834,7 +841,7 @@ class _Answer:
     def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
         self.status = status
         self.reason = reason
-        # Of a header that stands twice the last one counts; only Content-Length may not.
+        # Of a header that stands twice the last one counts; _read_body refuses two lengths.
         self.headers: dict[str, str] = {name.lower(): value for name, value in headers}
         self.body = body
 
@@ -859,6 +866,7 @@ class _Exchange:
         self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}{path}")
         self.where = f"{method} {self.url.geturl()}"
         self.timeout = client.timeout if timeout is None else timeout
+        # The default limit of a run is its own, below _MAX_SECONDS, and a margin.
         is_number = isinstance(self.timeout, (int, float))
         if not is_number or not 0 <= self.timeout < 2 * _MAX_SECONDS:
             raise ConfigError(f"`timeout` {self.timeout!r} is not a number of seconds >= 0")
@@ -963,7 +971,7 @@ def _basic_login(netloc: str) -> str:
 def _redacted(text: str, secrets: Iterable[str]) -> str:
     """Return a text without secrets, in the forms that a server or JSON may give them.
 
-    It imports nothing, as it has to work where a module is in the way of another.
+    It imports nothing: it has to work even where a json.py stands in the way of the real one.
     """
     for secret in secrets:
         if len(secret) < 8:  # it would be found in ordinary words
@@ -1048,7 +1056,8 @@ class _Attempt(io.RawIOBase):
             self._start_tls()
 
     # Nothing can interrupt a look-up, so it gets a thread that may be left behind. Where no thread
-    # can be had (at the interpreter's end, in a subinterpreter, under a limit), it takes its time.
+    # can be had (at the interpreter's end, in a subinterpreter, under a limit), it runs in the
+    # caller's, and no deadline can end it.
     def _look_up(self, host: str, port: int) -> list[Any]:
         import socket
         import threading
@@ -1151,7 +1160,9 @@ class _Attempt(io.RawIOBase):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # X509_V_FLAG_PARTIAL_CHAIN, as in curl and Python 3.13; it has a name since 3.10.
         context.verify_flags |= ssl.VerifyFlags(0x80000)
+        # A server that prefers HTTP/2 must not choose it.
         context.set_alpn_protocols(["http/1.1"])
+        # Windows has its CAs in a store, not in a file or a folder.
         if sys.platform == "win32":
             context.load_default_certs()
         try:
@@ -1168,7 +1179,7 @@ class _Attempt(io.RawIOBase):
             try:
                 context.load_verify_locations(*places)
             except OSError:
-                pass  # where that matters, the server's certificate is refused, and that explained
+                pass  # if that matters, the handshake fails, and _certificate_advice says why
         # A name may end with a dot, but no certificate does.
         host = (self.exchange.url.hostname or "").rstrip(".")
         self.sock = context.wrap_socket(
@@ -1211,11 +1222,12 @@ class _Attempt(io.RawIOBase):
 
         start = time.monotonic()
         self.enter_state("unknown")  # from now on a byte of the request may have left
-        # The handler alone, without an opener, follows no redirect and knows no other scheme. With
-        # a host program's debug level it would print the token.
+        # The handler alone, without an opener, follows no redirect and knows no other scheme. The
+        # debug level of http.client, which a host program may have raised, prints the token.
         handler = urllib.request.HTTPHandler(debuglevel=0)
         with handler.do_open(reuse_connection, self._request()) as response:
             while 102 <= response.status < 200:  # of the interim answers http.client skips only 100
+                # begin() returns at once while there are headers.
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
             headers = response.getheaders()
@@ -1349,7 +1361,10 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
     except MemoryError:
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
-        problem = f"the answer is not usable JSON: {exchange.show(_reason_of(error))}"
+        reason = exchange.show(_reason_of(error))
+        if "integer string conversion" in reason:  # how Python says it, with advice for programmers
+            reason = f"it has a number of more than {_MAX_JSON_DIGITS:,} digits"
+        problem = f"the answer is not usable JSON: {reason}"
     if not text.strip():
         problem = "the answer is empty"
     elif text.lstrip().startswith("<"):
@@ -1370,7 +1385,7 @@ def _parse_json(text: str) -> Any:
 
     def parse_int(digits: str) -> int:
         if len(digits) > _MAX_JSON_DIGITS:
-            raise ValueError(f"it has a number of {len(digits):,} digits")
+            raise ValueError(f"it has a number of more than {_MAX_JSON_DIGITS:,} digits")
         return int(digits)
 
     # A Python with this limit keeps it itself, at a fraction of what a hook for each number costs.
@@ -1398,7 +1413,7 @@ def _error_object(document: Any) -> Any:
     """Return the object in which a document tells of an error."""
     if not isinstance(document, dict):
         return None
-    error = document.get("error", document)
+    error = document.get("error") or document
     if isinstance(error, str):
         error = {"message": error}
     return error
@@ -1422,8 +1437,8 @@ def _text(fields: Any, name: str) -> str | None:
 
 def _is_retryable(status: int) -> bool:
     """Return whether the same request may succeed later; after a 501 or 505 it will not."""
-    is_gateway = 500 <= status < 600 and status not in (501, 505)
-    return is_gateway or status in (408, 425, 429)
+    is_server_fault = 500 <= status < 600 and status not in (501, 505)
+    return is_server_fault or status in (408, 425, 429)
 
 
 def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> ApiError:
@@ -1486,7 +1501,7 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
     limit = _field(usage, "limit", (int, float))
     if used is not None and limit is not None:
         meter = _text(usage, "meter_event_name") or _text(usage, "feature") or "quota"
-        what = meter.replace("bus_", "", 1).replace("_", " ")
+        what = meter.removeprefix("bus_").replace("_", " ")
         window = _text(usage, "window") or "period"
         when = {"day": "today", "total": "in total"}.get(window, f"this {window}")
         yield exchange.show(f"{used:,} of {limit:,} {what} used {when}")
@@ -1565,8 +1580,8 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
         text = f"TLS: the certificate is refused: {exchange.show(failure.verify_message)}"
         advice = _certificate_advice(exchange.environ)
     elif attempt.run_state != "not_sent":
-        # A server of TLS 1.3 asks for a client's certificate when the request is on its way, and
-        # then reads none of it. A session ticket would show that its handshake had ended.
+        # A server of TLS 1.3 refuses a missing client certificate only when the request is on its
+        # way, and reads none of it. A session ticket would show that it had accepted the handshake.
         is_wanted = failure.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
         session = attempt.sock.session
         is_over = attempt.has_answer or (session is not None and session.has_ticket)
@@ -1619,7 +1634,8 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
 # ---- Formats: a document in, pieces of text out ------------------------------------------------
 
 
-# What a column is called in documents, where that is not its own name; the first that is there.
+# The keys under which documents hold a column, where they are not its name. The first that has a
+# value counts.
 _ALIASES = {
     "id": ("id", "provider"),
     "run_id": ("run_id", "id"),
@@ -1682,8 +1698,12 @@ def _format_text(command: str, document: Any) -> Iterator[str]:
         for item in items:
             yield f"deleted {_visible(_cell(item, 'run_id'))}\n"
         return
+    yield from _text_table(_COMMANDS[command].columns, items)
+
+
+def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[str]:
     table = []
-    for column in _COMMANDS[command].columns:
+    for column in columns:
         cells = [_cell(item, column) for item in items]
         if not "".join(cells).isprintable():
             cells = [_visible(cell) for cell in cells]
@@ -1822,14 +1842,14 @@ _OPTIONS = [  # command ("" is every one), short name, long name, value, descrip
     ("run", "", "--image", "REF", "an image instead of a profile", ""),
     ("run", "", "--timeout-seconds", "N", "stop the command after N seconds", ""),
     ("run", "", "--timeout", "DURATION", "limit of the HTTP exchange, 0 is none", "30m"),
-    ("help", "-f", "--format", "opencli|json", "print an OpenCLI document, by either name", ""),
+    ("help", "-f", "--format", "opencli|json", "print an OpenCLI document; both are the same", ""),
 ]
 _EXIT_CODES = [  # failure code of the commands that have it (0 is every one), code, description
     (0, "0", "success (for run: of the command, else the command's own exit code)"),
     (1, "1", "any other failure, except of run"),
     (0, "2", "usage error, nothing was sent"),
     (125, "125", "run: the client or platform failed; other codes are the command's"),
-    (125, "N", "run: the command's exit code, 128+N for signal N, 255 if none fits"),
+    (125, "N", "run: the command's exit code, 128+S for signal S, 255 if none fits"),
     (0, "130", "interrupted"),
     (0, "143", "terminated"),
 ]
@@ -2066,7 +2086,8 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
         if not value_name:
             parser.add_argument(name, action="count", default=0)
             continue
-        # A default of another kind depends on other options and stands where it is used.
+        # Only the defaults of choices are set here. The others (30s, 30m, codex) depend on other
+        # options, and are applied where they are used.
         chosen = default if "|" in value_name and default else None
         convert = functools.partial(_convert, name, value_name)
         parser.add_argument(name, type=convert, default=chosen)
@@ -2132,7 +2153,7 @@ def _check_words(args: argparse.Namespace) -> None:
     try:
         _check_request(args, arguments)
     except ConfigError as error:
-        # What the library says of a value that a program got somewhere is here the user's mistake.
+        # To the library a bad value may come from anywhere. Here the user has typed it.
         raise _UsageError(error.reason, error.advice) from None
 
 
@@ -2464,7 +2485,7 @@ class _Result:
 
 def _name_beside(path: str) -> str:
     """Return a name for a new file in the folder of a path."""
-    # A link stays, and what it names gets the result. A dangling one is no reason not to.
+    # A symbolic link is kept, and its target replaced, or created where the link dangles.
     if os.path.islink(path):
         path = os.path.realpath(path)
     return os.path.join(os.path.dirname(path), f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
@@ -2488,8 +2509,8 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         old = os.stat(path)
     except FileNotFoundError:
         old = None
-    # The other names of a hard link would keep the old content, and so would whoever has the file
-    # open, as the shell has /dev/stdout.
+    # A rename would leave the old content under the other names of a hard link, and for whoever has
+    # the file open, as the shell has what /dev/stdout names.
     is_special = os.path.abspath(path).startswith(("/dev/", "/proc/"))
     if old is not None:
         is_plain = stat.S_ISREG(old.st_mode) and old.st_nlink == 1
@@ -2545,7 +2566,7 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
         report.explain(f"token from {source}: {'; '.join(facts)}")
     host = urllib.parse.urlsplit(url).hostname or ""
     # A name without a dot is of this machine or of a compose file.
-    is_near = "." not in host and ":" not in host
+    is_near = "." not in host and _parse_address(host) is None
     if url.startswith("http:") and not is_near and not _is_listed(url, _PRIVATE):
         report.warn(f"the token goes to {url} unencrypted: use https")
     client = Client(url, token)
@@ -2575,7 +2596,8 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
         try:
             # There may be no token yet.
             client = client or _client(args, report)
-            # The last look may take a second.
+            # Even with --timeout 0 a look that hangs must not use up the wait. The last one may
+            # take a second.
             client.timeout = min(args.timeout or _TIMEOUT_SECONDS, max(left, 1))
             document = client.status()
             states = [_cell(item, "state") for item in _items("status", document)]
@@ -2589,6 +2611,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             reason = str(error)
             if isinstance(error, TransportError):  # whose advice is what is done here
                 reason = error.reason
+            # A longer wish would use up the wait, so it is not kept.
             asked_seconds = getattr(error, "retry_after_seconds", 0)
             if asked_seconds <= 10:
                 pause_seconds = max(pause_seconds, asked_seconds)
@@ -2787,7 +2810,8 @@ class _Process:
     def prepare(self) -> None:
         import gc
         import signal
-        # In the background of a script SIGINT is ignored, and stays so. PID 1 has no default.
+        # A script's background job inherits an ignored SIGINT, which stays so. For PID 1 the kernel
+        # has no default action.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
         # SIGTERM has to take the line of progress away, and to tell what is known of a run.
@@ -2812,8 +2836,8 @@ class _Process:
             self.signal_number = number
             self.end(128 + number)
 
-    # An exception that is raised inside a callback of the interpreter, such as a weakref's or a
-    # destructor, is printed and lost. So the signal is recorded, and each tick looks here.
+    # Python drops an exception that is raised in a destructor or in a weakref's callback. So the
+    # signal is recorded, and each tick looks here.
     def check_signals(self) -> None:
         if self.signal_number:
             raise _Interrupted(128 + self.signal_number)

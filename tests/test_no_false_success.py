@@ -162,7 +162,7 @@ def test_an_empty_error_is_none(name: str, cli: InProcess, api: Api) -> None:
 
 
 def test_an_empty_status(cli: InProcess, api: Api) -> None:
-    check_failure(cli("status", at=api.answers({})), 1, "HTTP 200", "says nothing")
+    check_failure(cli("status", at=api.answers({})), 1, "the answer says nothing")
 
 
 @pytest.mark.parametrize("items", ["7", '"x"', "true", '{"a":1}'])

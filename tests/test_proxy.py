@@ -25,6 +25,7 @@ import pytest
 
 import bus_containers
 from hostile import (
+    Api,
     Certificates,
     Connection,
     Hostile,
@@ -712,3 +713,13 @@ def test_a_proxy_that_is_bypassed(case: dict[str, str], program: Program, hosts:
             env[name] = value.replace("PORT", str(server.port))
         check_run(through(program, f"http://platform.test:{server.port}", "", **env))
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("login", ["u:p[secret]w", "u:p[w", "u]:w"])
+def test_a_bracket_in_a_login(login: str, cli: InProcess, api: Api) -> None:
+    """Promise 6.18: urllib quotes what stands in brackets in its error."""
+    result = cli("runs", at=api, env={"HTTPS_PROXY": f"http://{login}@127.0.0.1:1",
+                                      "BUS_AI_API_URL": "https://platform.test"})  # fmt: skip
+    check_failure(result, 2, "HTTPS_PROXY", "%5B")
+    assert "secret" not in result.message
+    assert not api.requests

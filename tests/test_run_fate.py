@@ -127,7 +127,7 @@ BROKEN = [
         ("nan", answer(b'{"items":[NaN]}'), "NaN"),
         ("infinity", answer(b'{"items":[-Infinity]}'), "-Infinity"),
         ("number-too-large", answer(b'{"items":[1e400]}'), "1e400"),
-        ("digits", answer(b'{"a":' + b"7" * 10_000 + b"}"), "a number of 10,000 digits"),
+        ("digits", answer(b'{"a":' + b"7" * 10_000 + b"}"), "a number of more than 4,300 digits"),
         ("deep", answer(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "usable JSON"),
         ("utf-16", answer('{"items":[]}'.encode("utf-16")), "is not usable JSON"),
         ("no-content", raw(b"HTTP/1.1 204 No\r\n\r\n"), "HTTP 204, but the answer is empty"),
