@@ -19,9 +19,9 @@ lists, and these errors:
     +-- ProtocolError           an answer that cannot be used
     +-- ApiError                the API, or what stands in front of it, refused
 
-Exit codes: 0 success; 2 usage error, nothing sent; 1 any other failure of `status`, `runs` and
-`delete`; 125 any other failure of `run`, else the container's own exit code; 130 interrupted;
-143 terminated.
+Exit codes: 0 success; 2 usage error, nothing sent; 130 interrupted; 143 terminated; any other
+failure is 125 for `run` and 1 for the other commands. A `run` that did not fail exits with the
+container's own code.
 
 Data goes one way: argv -> options -> settings -> client -> exchange -> attempt -> answer ->
 document -> format -> result. The file has errors and the client first, then what serves them, then
@@ -349,7 +349,7 @@ class Client:
             exchange = _Exchange(self, "GET", "/status")
             document = exchange.fetch()
             # The published provider has no list of runs, but shows them among its runners. A run
-            # has an id of its own, or an owner.
+            # has a `run_id` or an owner. Where no item has either, all count as runs.
             items = _items("status", document)
             runs = [item for item in items if "run_id" in item or _cell(item, "owner")]
             if runs:
@@ -367,6 +367,7 @@ class Client:
 
     def delete(self, run_id: str) -> Document:
         """Delete a run, stopping it first; return `{"deleted": true, "run_id", ...}`."""
+        # _Exchange does this, too, but _path_segment imports before it.
         _restore_modules(self._modules)
         exchange = _Exchange(self, "DELETE", f"/runs/{_path_segment(run_id)}")
         try:
@@ -384,7 +385,7 @@ class Client:
         if document.get("deleted") is not True or not is_this_run:
             text = f"the answer does not say that the run {run_id} is deleted"
             raise exchange.error(ProtocolError, text)
-        return document
+        return {**document, "run_id": run_id}
 
 
 def _load_modules(api_url: str) -> dict[str, Any]:
@@ -425,6 +426,7 @@ def _run_request(
             raise ConfigError(f"`{name}` {value!r} is not a name")
     if not _is_list_of_words(command):
         raise ConfigError("`command` is not a list of words")
+    # So the API wants it: a profile takes `args`, an image a `command`.
     key = "args" if image is None else "command"
     request: Document = {**place, key: list(command)}
     if timeout_seconds is not None:
@@ -472,7 +474,8 @@ _PRIVATE = (
     f"{_LOOPBACK},.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,"
     "fc00::/7,fe80::/10"
 )
-# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment.
+# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment:
+# the path is any visible ASCII but # and ?.
 _LABEL = "[0-9A-Za-z_-]{1,63}"
 _ORIGIN = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])"
 _BASE_URL = rf"{_ORIGIN}(:(?P<port>[0-9]{{1,9}}))?(/[!-\"$->@-~]*)?"
@@ -568,7 +571,8 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
         problem = f"cannot read a token from {name}: {_reason_of(error)}"
     if not problem:
         return _checked_token(data.decode("latin-1"), name), name
-    # Raised outside of the handlers: the error that would hang behind this one holds the path.
+    # Raised outside of the handlers: the error that would hang behind this one holds the path,
+    # which may be the token itself.
     if not missing and _looks_like_token(path):
         problem = "--token-file: its value looks like a token, not a path"
     raise ConfigError(problem)
@@ -583,7 +587,8 @@ def _looks_like_token(path: str) -> bool:
 def _checked_token(text: str, source: str) -> str:
     """Return a token without the blanks around it, or raise an error that names its source.
 
-    The error of http.client for a header that it cannot send quotes it, so it is checked here.
+    http.client's error for a header that it cannot send would quote the token. So the token is
+    checked here.
     """
     import re
     if not isinstance(text, str):
@@ -801,7 +806,7 @@ def _token_claims(token: str) -> Document | None:
 
 def _claimed_time(claims: Document, name: str) -> float:
     value = _field(claims, name, (int, float)) or 0
-    if not abs(value) <= _MAX_SECONDS:  # or not a number at all
+    if not abs(value) <= _MAX_SECONDS:  # NaN, too, is refused so
         return 0.0
     return float(value)
 
@@ -866,7 +871,7 @@ class _Exchange:
         self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}{path}")
         self.where = f"{method} {self.url.geturl()}"
         self.timeout = client.timeout if timeout is None else timeout
-        # The default limit of a run is its own, below _MAX_SECONDS, and a margin.
+        # Twice, as a run's default limit is `timeout_seconds`, below _MAX_SECONDS, and a margin.
         is_number = isinstance(self.timeout, (int, float))
         if not is_number or not 0 <= self.timeout < 2 * _MAX_SECONDS:
             raise ConfigError(f"`timeout` {self.timeout!r} is not a number of seconds >= 0")
@@ -881,7 +886,8 @@ class _Exchange:
             self.proxy_name = f"the proxy {_redacted_url(proxy)}"
             self.proxy_login = _basic_login(self.peer.netloc)
             password = self.peer.password or ""
-            self.secrets += [self.proxy_login[6:], password, urllib.parse.unquote(password)]
+            login = self.proxy_login[len("Basic ") :]
+            self.secrets += [login, password, urllib.parse.unquote(password)]
         # There is one from the start, so that there always is a state.
         self._attempt = _Attempt(self)
 
@@ -1226,7 +1232,8 @@ class _Attempt(io.RawIOBase):
         # debug level of http.client, which a host program may have raised, prints the token.
         handler = urllib.request.HTTPHandler(debuglevel=0)
         with handler.do_open(reuse_connection, self._request()) as response:
-            while 102 <= response.status < 200:  # of the interim answers http.client skips only 100
+            # Of the interim answers http.client skips only 100. A 101 is not one: it ends HTTP.
+            while 102 <= response.status < 200:
                 # begin() returns at once while there are headers.
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
@@ -1244,16 +1251,9 @@ class _Attempt(io.RawIOBase):
     # http.client reports neither a body that is cut nor a length that is not a number.
     def _read_body(self, response: Any) -> bytearray:
         import http.client
-        import re
         body = bytearray()
         try:
-            lengths = set(response.headers.get_all("Content-Length", []))
-            if len(lengths) > 1 or not re.fullmatch("[0-9]{0,18}", "".join(lengths).strip()):
-                raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
-            encoding = response.headers.get("Content-Encoding", "identity").strip()
-            if encoding.lower() not in ("", "identity"):
-                text = f"unknown Content-Encoding {self.exchange.show(encoding)}"
-                raise self.exchange.error(ProtocolError, text)
+            self._check_framing(response.headers)
             while piece := response.read(_IO_BYTES):
                 body += piece
                 if len(body) > _MAX_BODY_BYTES:
@@ -1267,7 +1267,20 @@ class _Attempt(io.RawIOBase):
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
                 raise  # an error's status says enough, and whether there is a run
+        except ValueError:  # http.client reads a chunk whose length is negative
+            if response.status < 300:
+                raise http.client.IncompleteRead(b"") from None
         return body
+
+    def _check_framing(self, headers: Any) -> None:
+        import re
+        lengths = set(headers.get_all("Content-Length", []))
+        if len(lengths) > 1 or not re.fullmatch("[0-9]{0,18}", "".join(lengths).strip()):
+            raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
+        encoding = headers.get("Content-Encoding", "identity").strip()
+        if encoding.lower() not in ("", "identity"):
+            text = f"unknown Content-Encoding {self.exchange.show(encoding)}"
+            raise self.exchange.error(ProtocolError, text)
 
     def _wait_for(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Repeat an operation of the socket until it ends, in waits of a tick each."""
@@ -1388,7 +1401,7 @@ def _parse_json(text: str) -> Any:
             raise ValueError(f"it has a number of more than {_MAX_JSON_DIGITS:,} digits")
         return int(digits)
 
-    # A Python with this limit keeps it itself, at a fraction of what a hook for each number costs.
+    # A Python that has this limit enforces it, at a fraction of what a hook for each number costs.
     options: dict[str, Any] = {"parse_float": parse_float, "parse_constant": parse_float}
     if getattr(sys, "get_int_max_str_digits", int)() != _MAX_JSON_DIGITS:
         options["parse_int"] = parse_int
@@ -1465,6 +1478,7 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
 
 
 def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) -> Iterator[str]:
+    """Give what the headers advise. At its end it also sets the error's `retry_after_seconds`."""
     status = answer.status
     if 300 <= status < 400:
         target = exchange.show(answer.headers.get("location", "nowhere"))
@@ -1510,8 +1524,8 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
         yield f"recommended plan: {exchange.show(plan)}"
 
 
-# It imports nothing that an attempt over plain http has not, as there may be no `_ssl`, or no
-# memory for it.
+# It imports only what an attempt over plain http has already imported, as there may be no `_ssl`,
+# or no memory for it.
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
     """Return the error of what urllib, http.client, ssl or a socket raised during an attempt."""
     import http.client
@@ -1844,7 +1858,8 @@ _OPTIONS = [  # command ("" is every one), short name, long name, value, descrip
     ("run", "", "--timeout", "DURATION", "limit of the HTTP exchange, 0 is none", "30m"),
     ("help", "-f", "--format", "opencli|json", "print an OpenCLI document; both are the same", ""),
 ]
-_EXIT_CODES = [  # failure code of the commands that have it (0 is every one), code, description
+# Whose it is, as the failure code of those commands (0: every command's); exit code; description.
+_EXIT_CODES = [
     (0, "0", "success (for run: of the command, else the command's own exit code)"),
     (1, "1", "any other failure, except of run"),
     (0, "2", "usage error, nothing was sent"),
@@ -2123,7 +2138,8 @@ def _convert(name: str, value_name: str, text: str) -> Any:
             raise _UsageError(f"{name}: {_shown(text)!r} is not a whole number >= 0")
         return int(text)
     elif value_name in ("DIR", "FILE", "PATH"):
-        return os.fsdecode(text.encode(errors="surrogateescape"))  # as the system spells it
+        # As the system spells it. What is not UTF-8 has been refused by _check_encoding.
+        return os.fsdecode(text.encode())
     return text
 
 
@@ -2255,7 +2271,7 @@ class _Reporter(_Observer):
             return
         try:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):
             columns = 80
         # A character of two columns would wrap the line, which then could not be erased.
         line = line.encode("ascii", "backslashreplace").decode()[: columns - 1]
@@ -2308,10 +2324,12 @@ class _Reporter(_Observer):
             error.advice = error.advice.replace(parameter, name)
             if isinstance(error, ConfigError):
                 error.reason = error.reason.replace(parameter, name)
-        document = error.as_document()
+        fields: Document = {}
         if command == "run":
+            # First, as the error's text depends on it.
             error.run_state = error.run_state or self.run_state
-            document = {**error.as_document(), "run_state": error.run_state}
+            fields = {"run_state": error.run_state}
+        document = {**error.as_document(), **fields}
         self._print(error.kind, str(error), str(error), document)
 
     def interrupt(self, interrupt: KeyboardInterrupt, command: str | None) -> int:
@@ -2325,7 +2343,8 @@ class _Reporter(_Observer):
 
     def fault(self, fault: Exception, command: str | None, exit_code: int) -> int:
         """Print an unexpected exception; --verbose adds the places, without values."""
-        # Python wraps what the handler of a signal raises in some of its own callbacks.
+        # In some of Python's own callbacks, what a signal's handler raises comes out wrapped in
+        # another exception.
         if self.process is not None and self.process.signal_number:
             return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
         trace = fault.__traceback__
@@ -2388,7 +2407,7 @@ class _Reporter(_Observer):
                 sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding))
                 sys.stderr.flush()
                 return
-            # POSIX: a pipe that is writable takes 512 bytes at once, here of up to 4 a character.
+            # POSIX: a writable pipe takes 512 bytes at once, so 128 characters of up to 4 bytes.
             for start in range(0, len(text), 128):
                 if not _is_writable(descriptor, patience_seconds):
                     if patience_seconds:
@@ -2408,10 +2427,10 @@ class _Reporter(_Observer):
 class _Result:
     """Where the result goes, standard output or a file; proved to be open before the request.
 
-    The result is written to a new file beside it, which is then renamed, so that the path holds its
-    old content or one whole result at any moment. Where that is impossible (a device, a FIFO, a
-    hard link, a file of another owner, a folder that cannot be written to, a mounted file), the
-    file is overwritten, as with a shell's `>`.
+    For a file, the result is written to a new one in the same folder, which is then renamed to its
+    path. So the path holds its old content or one whole result at any moment. Where that is
+    impossible (a device, a FIFO, a hard link, a file of another owner, a folder that cannot be
+    written to, a mounted file), the file is overwritten, as with a shell's `>`.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -2509,8 +2528,8 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         old = os.stat(path)
     except FileNotFoundError:
         old = None
-    # A rename would leave the old content under the other names of a hard link, and for whoever has
-    # the file open, as the shell has what /dev/stdout names.
+    # A rename would leave the old content under the other names of a hard link. It would also leave
+    # it for whoever has the file open: so has the shell, where the path is /dev/stdout.
     is_special = os.path.abspath(path).startswith(("/dev/", "/proc/"))
     if old is not None:
         is_plain = stat.S_ISREG(old.st_mode) and old.st_nlink == 1
@@ -2609,7 +2628,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             if not error.retryable and not isinstance(error, _MissingTokenError):
                 raise
             reason = str(error)
-            if isinstance(error, TransportError):  # whose advice is what is done here
+            if isinstance(error, TransportError):  # its advice is to wait, which is done here
                 reason = error.reason
             # A longer wish would use up the wait, so it is not kept.
             asked_seconds = getattr(error, "retry_after_seconds", 0)
@@ -2736,7 +2755,7 @@ def _as_typed(word: str) -> str:
     try:
         return os.fsencode(word).decode(errors="surrogateescape")  # whatever the locale
     except UnicodeError:  # some locales decode what they cannot encode again
-        return f"{word}\udcff"  # which is refused
+        return f"{word}\udcff"  # which _check_encoding refuses
 
 
 def _execute(args: argparse.Namespace, report: _Reporter) -> int:
@@ -2811,7 +2830,7 @@ class _Process:
         import gc
         import signal
         # A script's background job inherits an ignored SIGINT, which stays so. For PID 1 the kernel
-        # has no default action.
+        # has no default action: without a handler, SIGTERM would do nothing.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
         # SIGTERM has to take the line of progress away, and to tell what is known of a run.

@@ -708,6 +708,7 @@ MAY_CATCH: set[tuple[str, str]] = {
     ("_Attempt._connect", "AttributeError"),  # a socket option that a system does not have
     ("_is_writable", "AttributeError"),  # streams may be any objects with a `write`
     ("_Reporter.__init__", "AttributeError"),
+    ("_Reporter.tick", "AttributeError"),
     ("_Reporter.run_ended", "AttributeError"),
     ("_Reporter._print", "Exception"),  # a json.py in the way must not hide an error
     ("_Reporter._write", "AttributeError"),

@@ -375,3 +375,9 @@ def test_a_redirect_is_not_followed(
     check_failure(result, failure_code(name), says)
     assert not result.spoken.advises
     assert (server.connections, other.connections) == (1, 0)
+
+
+def test_a_deletion_has_its_id(cli: InProcess, api: Api) -> None:
+    """Promise 3.14: whoever deletes several sees which."""
+    result = cli("delete", "run-1", "-f", "text", at=api.answers({"deleted": True}))
+    assert (result.code, result.out, result.err) == (0, b"deleted run-1\n", b"")

@@ -92,6 +92,7 @@ LOST = broken(
     ("body-cut", raw(message(STATUS, length=999)), "the answer was cut short"),
     ("chunk-cut", raw(CHUNKED + b"40\r\n{"), "the answer was cut short"),
     ("chunks-without-an-end", raw(CHUNKED + b"2\r\n{}\r\n"), "the answer was cut short"),
+    ("chunk-size-negative", raw(CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n"), "cut short"),
     ("chunk-size-not-a-number", raw(CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n"), "cut short"),
 )
 BROKEN = [
