@@ -1670,10 +1670,12 @@ def _items(command: str, document: Any) -> list[Document]:
 
 def _cell(item: Document, column: str) -> str:
     """Return the value of a column as text: an object as compact JSON, what is absent as empty."""
-    for name in _ALIASES.get(column, (column,)):
-        value = item.get(name)
-        if value is not None:
-            break
+    value = item.get(column)
+    if column in _ALIASES:
+        for name in _ALIASES[column]:
+            value = item.get(name)
+            if value is not None:
+                break
     if isinstance(value, str):
         return value
     if type(value) is int:  # json.dumps would take thirty times as long

@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(30, 5, 64, (4, 256), (1_000, 100_000))
-QUICK = Sizes(11, 2, 16, (4, 64), (1_000, 50_000))
+QUICK = Sizes(11, 3, 16, (4, 64), (10_000, 50_000))
 
 
 # ---- The other sides: what a ratio is taken of ------------------------------------------------
