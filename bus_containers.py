@@ -2205,8 +2205,21 @@ def _is_writable(descriptor: int, seconds: float) -> bool:
         return True  # nobody knows: Windows selects sockets only
 
 
-def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
+# A system call for each row would cost more than the row. A large piece is not copied.
+def _gathered(pieces: Iterable[str]) -> Iterator[str]:
+    held: list[str] = []
+    size = 0
     for piece in pieces:
+        if size + len(piece) > _IO_BYTES:
+            yield "".join(held)
+            held, size = [], 0
+        held.append(piece)
+        size += len(piece)
+    yield "".join(held)
+
+
+def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
+    for piece in _gathered(pieces):
         for start in range(0, len(piece), _IO_BYTES):
             part = piece[start : start + _IO_BYTES]
             # A lone surrogate has no form in UTF-8 and is escaped.
