@@ -1544,7 +1544,11 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
         return _error_of_connecting(exchange, failure, reason)
     is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
-    advice = _https_hint(attempt, is_lost)
+    advice = ""
+    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
+    # The start of an answer, of which the rest is lost, was plain HTTP.
+    if is_plain and not (is_lost and attempt.has_answer):
+        advice = "is this port for https?"
     if is_lost:
         if not isinstance(failure, OSError):
             reason = "the answer was cut short"
@@ -1556,14 +1560,6 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if attempt.run_state == "not_sent":
         text = f"the answer of {exchange.proxy_name} is not valid HTTP: {reason}"
     return exchange.error(ProtocolError, text, advice)
-
-
-def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
-    exchange = attempt.exchange
-    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
-    if not is_plain or (is_lost and attempt.has_answer):  # the start of an answer was plain HTTP
-        return ""
-    return "is this port for https?"
 
 
 def _error_of_connecting(
@@ -2876,6 +2872,16 @@ class _Process:
         if self.signal_number:
             raise _Interrupted(128 + self.signal_number)
 
+    def report_unraisable(self, unraisable: Any) -> None:
+        """Print an exception that Python drops, unless a signal is the cause of it.
+
+        That is an interrupt, which the next tick raises again, or what an object says whose
+        constructor was interrupted.
+        """
+        is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
+        if not is_interrupt and not self.signal_number:
+            sys.__unraisablehook__(unraisable)
+
     def end(self, code: int) -> NoReturn:
         """End the process; after a signal by that signal, or a shell would go on with its loop."""
         if self.signal_number:
@@ -2887,16 +2893,10 @@ class _Process:
         os._exit(code)  # all is flushed, and a thread that is stuck in a look-up is left behind
 
 
-def _report_unraisable(unraisable: Any) -> None:
-    """Print what Python drops, except for an interrupt, which the next tick raises again."""
-    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)
-
-
 def console() -> NoReturn:
     """Run the process's command line, and end the process with its exit code."""
-    sys.unraisablehook = _report_unraisable
     process = _Process()
+    sys.unraisablehook = process.report_unraisable
     code: int | None = None
     while True:  # once more at most: a signal interrupts once
         try:

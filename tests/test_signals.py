@@ -465,7 +465,8 @@ def test_two_signals_at_any_moment(mode: str, version: str, cli: InProcess) -> N
 # --- where Python runs a handler --------------------------------------------------------------
 
 # SIGUSR1 makes the main thread drop an object, wherever it is, and what that calls is what gets the
-# signal: an exception from there is printed as "Exception ignored in", and goes no further.
+# signal: an exception from there is printed as "Exception ignored in", and goes no further. What is
+# half made when the signal comes has a destructor that fails, as http.client.HTTPResponse's does.
 INSIDE = """
 import os, runpy, signal, sys, weakref
 class Thing:
@@ -473,10 +474,18 @@ class Thing:
 class Destroyed:
     def __del__(self):
         hit()
+class HalfMade:
+    def __init__(self):
+        hit()
+        self.made = True
+    def __del__(self):
+        self.made
 def hit(*_):
     signal.raise_signal(number)
 def drop(*_):
     del held[:]
+    if kind == "half made":
+        HalfMade()
 number, kind, *sys.argv = int(sys.argv[1]), *sys.argv[2:]
 held = [Destroyed() if kind == "destructor" else Thing()]
 reference = weakref.ref(held[0], hit) if kind == "weakref" else None
@@ -487,7 +496,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["weakref", "destructor"])
+@pytest.mark.parametrize("kind", ["weakref", "destructor", "half made"])
 @pytest.mark.parametrize(
     "args", tiers([RUN, ("status", "--wait", "60s"), ("runs",)], RUN, ids=lambda args: args[0])
 )
