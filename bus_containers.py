@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     Document = dict[str, Any]
 else:
-    # With these typing.get_type_hints resolves the public signatures.
+    # With these typing.get_type_hints resolves the public signatures, from Python 3.10 on.
     Any = NoReturn = object
     Document = dict
 
@@ -83,6 +83,7 @@ _RUN_TIMEOUT_SECONDS = 1800.0  # runs of half an hour are normal
 # On top of the run's own limit: for a cold start, and for the answer's way back.
 _RUN_MARGIN_SECONDS = 30.0
 _MAX_SECONDS = 10.0**15  # longer than Go's longest duration, and still exact to a second as a float
+_WHOLE_NUMBER = "a whole number >= 0 of at most 15 digits"
 # A firewall that drops packets is noticed in seconds, not at the limit of a run.
 _CONNECT_SECONDS = 10.0
 # RFC 8305, section 5, recommends this delay before the next address is tried.
@@ -213,7 +214,7 @@ class ApiError(BusContainersError):
 
     `status` is the number, `document` the answer if it is JSON. Out of the document, each a string
     or None: `type`, the server's word for the error; `message`, its sentence about it; `action`,
-    what it advises; `command`, the command that does so.
+    what it advises; `command`, a command line for that.
     """
 
     kind = "api"
@@ -223,6 +224,7 @@ class ApiError(BusContainersError):
         self.status = status
         self.document = document
         self.retry_after_seconds = 0  # the server's Retry-After, where that is a number
+        # {"error": {"type": ...}}, {"error": "message"} or {"type": ...}
         error = _error_object(document)
         self.type = _text(error, "type")
         self.message = _text(error, "message")
@@ -272,17 +274,20 @@ def _reason_of(error: BaseException) -> str:
 class Client:
     """The four calls of the container-run API, for the account in a bearer token.
 
-    `timeout` is the limit of a whole exchange in seconds, 0 for none. A Client may be used from
-    many threads. Each call returns the API's document and raises BusContainersError.
+    `timeout` is the limit of a whole exchange in seconds, 0 for none; `run` has a limit of its own.
+    A Client may be used from many threads. Each call returns the API's document and raises
+    BusContainersError.
     """
 
     def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
+        # Kept for _restore_modules. First of all, as the checks below import some of them.
         self._modules = _load_modules(str(api_url))
         self.api_url = _checked_api_url(api_url, "`api_url`")
         self.timeout = timeout
         self._token = _checked_token(token, "`token`")
         self._environ: Mapping[str, str] | None = None  # None is the process's, at each request
         self._observer = _Observer()  # the command line puts its reporter here
+        self._retry_pauses_seconds: Sequence[float] = _RETRY_PAUSES_SECONDS
 
     def __repr__(self) -> str:
         return f"Client({self.api_url!r})"
@@ -293,7 +298,7 @@ class Client:
 
         `environ` is the process's environment unless given. Raises ConfigError.
         """
-        _load_modules("")
+        _load_modules("")  # what resolve_* import is not there in a broken Python
         # help() and pydoc would print os.environ, token included, if it were a default value.
         variables = os.environ if environ is None else environ
         api_url, _ = resolve_api_url(None, variables)
@@ -338,7 +343,7 @@ class Client:
         return document
 
     def runs(self) -> Document:
-        """Return `{"items": [...]}`, the account's runs, out of `/status` if it has no list."""
+        """Return `{"items": [...]}`, the account's runs, from `/status` if there is no `/runs`."""
         exchange = _Exchange(self, "GET", "/runs")
         document: Any
         try:
@@ -349,17 +354,18 @@ class Client:
             exchange = _Exchange(self, "GET", "/status")
             document = exchange.fetch()
             # The published provider has no list of runs, but shows them among its runners. A run
-            # has a `run_id` or an owner. Where no item has either, all count as runs.
+            # has a `run_id` or an owner. Where no item has either, nothing tells a run from a
+            # runner, so all of them are shown.
             items = _items("status", document)
             runs = [item for item in items if "run_id" in item or _cell(item, "owner")]
             if runs:
                 document["items"] = runs
         if isinstance(document, list):
             document = {"items": document}
-        if "items" not in document and "runs" in document:
+        if "items" not in document and "runs" in document:  # as other providers name the list
             document = {"items": document.pop("runs"), **document}
         # Go writes an empty list as null.
-        if document.get("items", "") is None:
+        if "items" in document and document["items"] is None:
             document["items"] = []
         if not isinstance(document.get("items"), list):
             raise exchange.error(ProtocolError, "the answer lists no runs")
@@ -375,8 +381,10 @@ class Client:
         except ApiError as error:
             if error.status != 404 or not exchange.was_lost:
                 raise
-            text = f"run {run_id}: the connection of a first request was lost, and now there is no"
-            self._observer.warn(f"{text} such run, so it counts as deleted")
+            self._observer.warn(
+                f"run {run_id}: the connection of a first request was lost, and now there is no "
+                "such run, so it counts as deleted"
+            )
             document = {}
         if not document:
             return {"deleted": True, "run_id": run_id}
@@ -394,7 +402,9 @@ def _load_modules(api_url: str) -> dict[str, Any]:
     A missing `_ssl`, or no free descriptor to read a module, has to show before anything is sent.
     """
     try:
-        for name in ("http.client", "json", "re", "selectors", "threading", "urllib.request"):
+        for name in (
+            "http.client", "ipaddress", "json", "re", "selectors", "threading", "urllib.request",
+        ):
             __import__(name)
         if api_url.lower().startswith("https:"):
             __import__("ssl")
@@ -418,20 +428,21 @@ def _run_request(
     """Return the body of a run's request. Raises ConfigError in the words of `Client.run`."""
     if profile is not None and image is not None:
         raise ConfigError("`profile` and `image` exclude each other")
-    place = {"profile": _DEFAULT_PROFILE if profile is None else profile}
+    target = {"profile": _DEFAULT_PROFILE if profile is None else profile}
     if image is not None:
-        place = {"image": image}
-    for name, value in place.items():
-        if not _text(place, name):
+        target = {"image": image}
+    for name, value in target.items():
+        if not _text(target, name):
             raise ConfigError(f"`{name}` {value!r} is not a name")
     if not _is_list_of_words(command):
         raise ConfigError("`command` is not a list of words")
     # So the API wants it: a profile takes `args`, an image a `command`.
     key = "args" if image is None else "command"
-    request: Document = {**place, key: list(command)}
+    request: Document = {**target, key: list(command)}
     if timeout_seconds is not None:
         if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
-            raise ConfigError(f"`timeout_seconds` {timeout_seconds!r} is not a whole number >= 0")
+            text = f"`timeout_seconds` {timeout_seconds!r} is not {_WHOLE_NUMBER}"
+            raise ConfigError(text)
         request["timeout_seconds"] = timeout_seconds
     return request
 
@@ -459,7 +470,7 @@ def _path_segment(run_id: str) -> str:
     return urllib.parse.quote(run_id, safe="")
 
 
-# ---- Settings: functions of their arguments alone ---------------------------------------------
+# ---- Settings: nothing here reads os.environ or the network ------------------------------------
 
 
 _URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
@@ -552,35 +563,32 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
 
 
 def _read_token(path: str, missing: str = "") -> tuple[str, str]:
-    """Return the token in a file, and its name; `missing` is said instead where there is none."""
-    name = path or "a file without a name"
-    place: str | int = path
-    if path == "-":
-        name, place = "standard input", 0
-    problem = ""
-    try:
-        with open(place, "rb", closefd=path != "-") as file:  # standard input stays open
-            data = file.read(65537)
-        if len(data) > 65536:
-            problem = f"the token in {name} is larger than 64 KiB"
-    except FileNotFoundError:
-        problem = f"no token: {missing or f'{name} does not exist'}"
-        if missing or not _looks_like_token(path):
-            raise _MissingTokenError(problem, _TOKEN_ADVICE) from None
-    except (OSError, ValueError) as error:
-        problem = f"cannot read a token from {name}: {_reason_of(error)}"
-    if not problem:
-        return _checked_token(data.decode("latin-1"), name), name
-    # Raised outside of the handlers: the error that would hang behind this one holds the path,
-    # which may be the token itself.
+    """Return the token in a file, and its name. If there is no file, the error says `missing`."""
+    # First of all, as every error of the file would name the path, which is the token.
     if not missing and _looks_like_token(path):
-        problem = "--token-file: its value looks like a token, not a path"
-    raise ConfigError(problem)
+        raise ConfigError("--token-file: its value looks like a token, not a path")
+    name = path or "a file without a name"
+    source: str | int = path
+    if path == "-":
+        name, source = "standard input", 0
+    try:
+        with open(source, "rb", closefd=path != "-") as file:  # standard input stays open
+            data = file.read(65537)
+    except FileNotFoundError:
+        text = f"no token: {missing or f'{name} does not exist'}"
+        raise _MissingTokenError(text, _TOKEN_ADVICE) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read a token from {name}: {_reason_of(error)}") from None
+    if len(data) > 65536:
+        raise ConfigError(f"the token in {name} is larger than 64 KiB")
+    # latin-1 decodes anything: what is wrong with the bytes is found by the check.
+    return _checked_token(data.decode("latin-1"), name), name
 
 
 def _looks_like_token(path: str) -> bool:
     _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
     is_long = len(word) >= 20 and "/" not in path and "\\" not in path
+    # The base64 of `{"`, with which the header of every JWT begins.
     return (is_long or "eyJ" in path) and not os.path.exists(path)
 
 
@@ -647,16 +655,16 @@ def _checked_proxy(proxy: str, source: str) -> str:
     if not separator:
         scheme, rest = "http", proxy
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    login, at, place = authority.rpartition("@")
-    # urlsplit refuses a bracket outside of an IPv6 address, and quotes what it finds there.
+    login, at, address = authority.rpartition("@")
+    # urlsplit, which gets this later, would quote a bracket of the login in its error.
     is_usable = scheme.lower() == "http" and re.fullmatch(r"[!-Z\\^-~]*", login)
     hint = ""
     # A path after the port is ignored, as in Go and curl. But an @ in it means that a / ? or # of
     # the login has ended the authority.
     if "@" in rest[len(authority) :] or "[" in login or "]" in login:
         hint = ": percent-encode / ? # [ ] as %2F %3F %23 %5B %5D in USER and PASSWORD"
-    elif is_usable and _is_base_url(f"http://{place}"):
-        return f"http://{login}{at}{place}"
+    elif is_usable and _is_base_url(f"http://{address}"):
+        return f"http://{login}{at}{address}"
     raise _UsageError(f"{source}: {_redacted_url(proxy)!r} is not {_PROXY_URL}{hint}")
 
 
@@ -670,14 +678,14 @@ def _is_listed(url: str, entries: str) -> bool:
     address = _parse_address(host)
     for entry in entries.lower().split(","):
         entry = entry.strip()
-        name, _, port = entry.rpartition(":")
+        name, colon, port = entry.rpartition(":")
         # An IPv6 address without brackets has no port behind its last colon.
         is_bare_ipv6 = ":" in name and not name.endswith("]")
-        if is_bare_ipv6 or not re.fullmatch("[0-9]{0,5}", port):
-            name, port = "", ""
+        if not colon or is_bare_ipv6 or not re.fullmatch("[0-9]{0,5}", port):
+            name, port = entry, ""
         if port and int(port) != url_port:
             continue
-        if _is_match(name or entry, host, address):
+        if _is_match(name, host, address):
             return True
     return False
 
@@ -739,6 +747,7 @@ def parse_duration(text: str) -> float:
     import re
     if not isinstance(text, str):
         raise ConfigError(f"{text!r} is not text")
+    is_negative = text.startswith("-")
     digits = text
     if text.startswith(("-", "+")):
         digits = text[1:]
@@ -752,16 +761,23 @@ def parse_duration(text: str) -> float:
     nanoseconds = 0
     for number, unit in re.findall(_DURATION_PART, digits):
         whole, _, fraction = number.partition(".")
-        # The longest duration has 19 digits, and a nanosecond is in the 13th decimal of an hour. An
-        # int of thousands of digits would be refused.
-        whole, fraction = whole.lstrip("0")[:20], fraction[:18]
+        # The longest duration has 19 digits. Python may refuse an int of thousands.
+        whole = whole.lstrip("0")[:20]
         nanoseconds += int(whole or "0") * _UNIT_NANOSECONDS[unit]
-        # Go, too, computes the fraction as a float and cuts it off.
-        scale = _UNIT_NANOSECONDS[unit] / 10 ** len(fraction)
-        nanoseconds += int(int(fraction or "0") * scale)
-    if nanoseconds >= 2**63 + text.startswith("-"):
+        # Go reads as many digits of a fraction as fit its int64, computes with a float, and cuts off
+        # what is left of a nanosecond.
+        zeros = len(fraction) - len(fraction.lstrip("0"))
+        significant = fraction[zeros : zeros + 19]
+        if int(significant or "0") > 2**63:
+            significant = significant[:18]
+        scale = _UNIT_NANOSECONDS[unit] / 10 ** (zeros + len(significant))
+        nanoseconds += int(int(significant or "0") * scale)
+    most = 2**63 - 1  # of an int64, which a Go duration is
+    if is_negative:
+        most = 2**63
+    if nanoseconds > most:
         raise _UsageError(f"{_shown(text)!r} is longer than the 292 years of a duration")
-    if text.startswith("-"):
+    if is_negative:
         nanoseconds = -nanoseconds
     return nanoseconds / 10**9
 
@@ -778,7 +794,7 @@ def _token_facts(token: str, scope: str) -> list[str]:
     starts, ends = _claimed_time(claims, "nbf"), _claimed_time(claims, "exp")
     scopes, audiences = _claimed_words(claims, "scope"), _claimed_words(claims, "aud")
     if now < starts:
-        facts.append(f"is valid only in {_rounded(starts - now)}, by this machine's clock")
+        facts.append(f"becomes valid in {_rounded(starts - now)}, by this machine's clock")
     if now < ends:
         facts.append(f"expires in {_rounded(ends - now)}")
     elif ends:
@@ -846,7 +862,7 @@ class _Answer:
     def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
         self.status = status
         self.reason = reason
-        # Of a header that stands twice the last one counts; _read_body refuses two lengths.
+        # Of a repeated header the last one counts; _check_framing refuses two lengths.
         self.headers: dict[str, str] = {name.lower(): value for name, value in headers}
         self.body = body
 
@@ -871,12 +887,13 @@ class _Exchange:
         self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}{path}")
         self.where = f"{method} {self.url.geturl()}"
         self.timeout = client.timeout if timeout is None else timeout
-        # Twice, as a run's default limit is `timeout_seconds`, below _MAX_SECONDS, and a margin.
+        # Twice that, as a run's default limit is its `timeout_seconds` and a margin.
         is_number = isinstance(self.timeout, (int, float))
         if not is_number or not 0 <= self.timeout < 2 * _MAX_SECONDS:
             raise ConfigError(f"`timeout` {self.timeout!r} is not a number of seconds >= 0")
         # One deadline for all: the limit of a socket would start anew with each byte.
         self.deadline = time.monotonic() + self.timeout
+        self.retry_pauses_seconds = client._retry_pauses_seconds
         self.was_lost = False  # whether a connection was lost after a request had been sent
         self.secrets = [self.token]
         self.peer, self.proxy_name, self.proxy_login = self.url, "", ""
@@ -888,7 +905,7 @@ class _Exchange:
             password = self.peer.password or ""
             login = self.proxy_login[len("Basic ") :]
             self.secrets += [login, password, urllib.parse.unquote(password)]
-        # There is one from the start, so that there always is a state.
+        # For run_state, where an interrupt comes before the first try.
         self._attempt = _Attempt(self)
 
     @property
@@ -898,7 +915,7 @@ class _Exchange:
 
     def fetch(self, shape: Any = dict) -> Any:
         """Send the request, again where that is safe; return the document of a usable answer."""
-        for pause_seconds in _RETRY_PAUSES_SECONDS:
+        for pause_seconds in self.retry_pauses_seconds:
             start = time.monotonic()
             try:
                 return self._try_once(shape)
@@ -953,11 +970,11 @@ class _Exchange:
         return _shown(_redacted(text, self.secrets))
 
 
-def _pause(seconds: float, tick: Callable[[], object]) -> None:
-    """Sleep, in waits that are short enough for what a tick looks at."""
+def _pause(seconds: float, look: Callable[[], object]) -> None:
+    """Sleep, and call `look` at least once a tick: what it raises ends the pause."""
     end = time.monotonic() + seconds
     while seconds > 0:
-        tick()
+        look()
         time.sleep(min(seconds, _TICK_SECONDS))
         seconds = end - time.monotonic()
 
@@ -1013,8 +1030,9 @@ _SOCKET_OPTIONS = [
 
 
 class _Attempt(io.RawIOBase):
-    """One connection, with what it knows of a run, in the form that http.client asks of a socket.
+    """One connection, with what it knows of a run.
 
+    It is also the socket of http.client, which calls `sendall`, `makefile` and `readinto`.
     All but the look-up of a name happens in the caller's thread. So there is nobody who could
     still send something after the caller has given up, by a deadline or by any number of signals.
     """
@@ -1228,8 +1246,9 @@ class _Attempt(io.RawIOBase):
 
         start = time.monotonic()
         self.enter_state("unknown")  # from now on a byte of the request may have left
-        # The handler alone, without an opener, follows no redirect and knows no other scheme. The
-        # debug level of http.client, which a host program may have raised, prints the token.
+        # do_open writes the request and parses the answer's head. It is called directly, as an
+        # opener follows redirects and knows other schemes. The debug level of http.client, which
+        # a host program may have raised, prints the token.
         handler = urllib.request.HTTPHandler(debuglevel=0)
         with handler.do_open(reuse_connection, self._request()) as response:
             # Of the interim answers http.client skips only 100. A 101 is not one: it ends HTTP.
@@ -1259,15 +1278,17 @@ class _Attempt(io.RawIOBase):
                 if len(body) > _MAX_BODY_BYTES:
                     body.clear()
                     raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
-            # Without a length the connection's end is the body's end. Where there is no body
-            # either, it may be the headers that were cut.
+            # http.client counts the length down. Without one the connection's end is the body's
+            # end, but where there is no body either, it may be the headers that were cut.
             has_end = response.length is not None or response.chunked
-            if response.length or not (has_end or body):
+            is_cut = bool(response.length)
+            is_bare = not has_end and not body
+            if is_cut or is_bare:
                 raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
                 raise  # an error's status says enough, and whether there is a run
-        except ValueError:  # http.client reads a chunk whose length is negative
+        except ValueError:  # a chunk whose length is negative, which http.client takes for one
             if response.status < 300:
                 raise http.client.IncompleteRead(b"") from None
         return body
@@ -1345,7 +1366,7 @@ def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
         raise _error_of_status(exchange, answer, document)
-    # Only a deletion needs no words.
+    # Only a DELETE may be answered without a document.
     if answer.status == 204 and exchange.method == "DELETE":
         return {}
     if answer.status not in (200, 201, 202, 204):
@@ -1375,7 +1396,7 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
         reason = exchange.show(_reason_of(error))
-        if "integer string conversion" in reason:  # how Python says it, with advice for programmers
+        if "integer string conversion" in reason:  # Python adds advice for programmers
             reason = f"it has a number of more than {_MAX_JSON_DIGITS:,} digits"
         problem = f"the answer is not usable JSON: {reason}"
     if not text.strip():
@@ -1398,10 +1419,11 @@ def _parse_json(text: str) -> Any:
 
     def parse_int(digits: str) -> int:
         if len(digits) > _MAX_JSON_DIGITS:
-            raise ValueError(f"it has a number of more than {_MAX_JSON_DIGITS:,} digits")
+            raise ValueError("integer string conversion")  # as Python says it
         return int(digits)
 
-    # A Python that has this limit enforces it, at a fraction of what a hook for each number costs.
+    # A Python with this limit enforces it, at a fraction of what a hook for each number costs. One
+    # without has no such function, and then int() gives 0.
     options: dict[str, Any] = {"parse_float": parse_float, "parse_constant": parse_float}
     if getattr(sys, "get_int_max_str_digits", int)() != _MAX_JSON_DIGITS:
         options["parse_int"] = parse_int
@@ -1462,6 +1484,10 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
     error.reason = f"{exchange.where}: HTTP {answer.status} {said}".rstrip()
     if error.message:
         error.reason += f": {exchange.show(error.message.strip())}"
+    error.args = (error.reason,)
+    retry_after = answer.headers.get("retry-after", "")
+    if retry_after.isascii() and retry_after.isdigit():
+        error.retry_after_seconds = int(retry_after[:9])
     advice = list(_advice_of_headers(exchange, answer, error))
     advice.extend(_billing_facts(exchange, document))
     if error.action:
@@ -1478,25 +1504,23 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
 
 
 def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) -> Iterator[str]:
-    """Give what the headers advise. At its end it also sets the error's `retry_after_seconds`."""
+    """Give what follows from the status and the headers."""
     status = answer.status
     if 300 <= status < 400:
         target = exchange.show(answer.headers.get("location", "nowhere"))
         yield f"redirected to {target}, not followed; check `api_url`"
+    # The URL ended in /api/v1, to which the path was added once more.
     if status == 404 and f"/api/v1{_API_PATH}" in exchange.where:
         yield "`api_url` ends in a part of the API's path: give its origin alone"
     # An error without a type of the API's may be the proxy's own.
     if exchange.proxy_name and exchange.url.scheme == "http" and not error.type:
-        said = ", or by the API itself"
+        text = f"this may be the answer of {exchange.proxy_name}, not of the API"
         if status == 407:
-            said = f"; {_proxy_login_advice(exchange, status)}"
-        yield f"by {exchange.proxy_name}{said}"
-    # It may also be a date, which is shown and not kept.
-    retry_after = answer.headers.get("retry-after", "")
+            text = f"by {exchange.proxy_name}; {_proxy_login_advice(exchange, status)}"
+        yield text
+    retry_after = answer.headers.get("retry-after")
     if retry_after:
         yield f"Retry-After: {exchange.show(retry_after)}"
-    if retry_after.isascii() and retry_after.isdigit():
-        error.retry_after_seconds = int(retry_after[:9])
 
 
 def _proxy_login_advice(exchange: _Exchange, status: int) -> str:
@@ -1544,11 +1568,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
         return _error_of_connecting(exchange, failure, reason)
     is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
-    advice = ""
-    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
-    # The start of an answer, of which the rest is lost, was plain HTTP.
-    if is_plain and not (is_lost and attempt.has_answer):
-        advice = "is this port for https?"
+    advice = _https_hint(attempt, is_lost)
     if is_lost:
         if not isinstance(failure, OSError):
             reason = "the answer was cut short"
@@ -1560,6 +1580,15 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if attempt.run_state == "not_sent":
         text = f"the answer of {exchange.proxy_name} is not valid HTTP: {reason}"
     return exchange.error(ProtocolError, text, advice)
+
+
+def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
+    exchange = attempt.exchange
+    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
+    # Where a part of an answer came before the connection was lost, the port speaks plain HTTP.
+    if is_plain and not (is_lost and attempt.has_answer):
+        return "is this port for https?"
+    return ""
 
 
 def _error_of_connecting(
@@ -1582,24 +1611,32 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
     exchange = attempt.exchange
     if not isinstance(failure, ssl.SSLError):
         return None
-    # A gateway whose backend is not up may take the connection and end it.
-    is_end = isinstance(failure, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
     text = f"TLS: {reason}"
-    advice = "is this port for https?"
-    if isinstance(failure, ssl.SSLCertVerificationError):
-        text = f"TLS: the certificate is refused: {exchange.show(failure.verify_message)}"
-        advice = _certificate_advice(exchange.environ)
-    elif attempt.run_state != "not_sent":
-        # A server of TLS 1.3 refuses a missing client certificate only when the request is on its
-        # way, and reads none of it. A session ticket would show that it had accepted the handshake.
-        is_wanted = failure.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
-        session = attempt.sock.session
-        is_over = attempt.has_answer or (session is not None and session.has_ticket)
-        if not is_wanted or is_over or attempt.tls_version != "TLSv1.3":
+    if attempt.run_state != "not_sent":
+        if not _is_late_refusal(attempt, failure):
             return None
         attempt.enter_state("not_sent")
         advice = "the server asks for a client certificate, and none can be given"
-    return exchange.error(TransportError, text, advice, retryable=is_end)
+        return exchange.error(TransportError, text, advice)
+    if isinstance(failure, ssl.SSLCertVerificationError):
+        text = f"TLS: the certificate is refused: {exchange.show(failure.verify_message)}"
+        return exchange.error(TransportError, text, _certificate_advice(exchange.environ))
+    # A gateway whose backend is not up may take the connection and end it.
+    is_end = isinstance(failure, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    return exchange.error(TransportError, text, "is this port for https?", retryable=is_end)
+
+
+def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
+    """Return whether a server refused a missing client certificate, and so read no request.
+
+    A server of TLS 1.3 does so when the request is already on its way. A byte of an answer or a
+    session ticket would show that it had accepted the handshake.
+    """
+    session = attempt.sock.session
+    has_ticket = session is not None and session.has_ticket
+    is_refusal = failure.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+    is_possible = attempt.tls_version == "TLSv1.3" and not attempt.has_answer and not has_ticket
+    return is_refusal and is_possible
 
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:
@@ -1856,7 +1893,7 @@ _OPTIONS = [  # command ("" is every one), short name, long name, value, descrip
     ("run", "", "--timeout", "DURATION", "limit of the HTTP exchange, 0 is none", "30m"),
     ("help", "-f", "--format", "opencli|json", "print an OpenCLI document; both are the same", ""),
 ]
-# Whose it is, as the failure code of those commands (0: every command's); exit code; description.
+# The failure code of the commands that it is for, 0 for every command; exit code; description.
 _EXIT_CODES = [
     (0, "0", "success (for run: of the command, else the command's own exit code)"),
     (1, "1", "any other failure, except of run"),
@@ -1940,7 +1977,6 @@ def _options_section(owner: str) -> str:
 def _page(command: str | None) -> str:
     """Return the page of help of a command or of the program, in the sections of a manual page."""
     names = [command] if command else list(_COMMANDS)
-    sections = {"SYNOPSIS": "\n".join(f"    {_usage(name)}" for name in names)}
     if command:
         row = _COMMANDS[command]
         title, description = f"{_PROGRAM} {command} - {row.summary}", row.description
@@ -1959,11 +1995,15 @@ def _page(command: str | None) -> str:
             "ENVIRONMENT": _section([(name, *rest) for name, _, *rest in _VARIABLES]),
         }
     indented = description.replace("\n", "\n    ")
-    sections = {"NAME": f"    {title}", **sections, "DESCRIPTION": f"    {indented}", **tables}
-    examples = [example for name in names for example in _COMMANDS[name].examples]
-    sections["EXIT STATUS"] = _section(_exit_codes_of(command))
-    sections["EXAMPLES"] = _section(examples)
-    sections["SEE ALSO"] = f"    {see}"
+    sections = {
+        "NAME": f"    {title}",
+        "SYNOPSIS": "\n".join(f"    {_usage(name)}" for name in names),
+        "DESCRIPTION": f"    {indented}",
+        **tables,
+        "EXIT STATUS": _section(_exit_codes_of(command)),
+        "EXAMPLES": _section([row for name in names for row in _COMMANDS[name].examples]),
+        "SEE ALSO": f"    {see}",
+    }
     return "\n\n".join(f"{name}\n{text}" for name, text in sections.items() if text) + "\n"
 
 
@@ -2001,9 +2041,10 @@ def _opencli_document() -> Document:
 def _opencli_command(command: str, row: _Command) -> Document:
     options = []
     for _, short, name, value, text, default in _options_of(command).values():
-        option: Document = {"name": name, "aliases": short.split(), "description": text}
-        option.update(valueName=value, required=False, repeatable=name == "--verbose")
-        options.append({**option, "default": default})
+        options.append({
+            "name": name, "aliases": short.split(), "description": text, "valueName": value,
+            "required": False, "repeatable": name == "--verbose", "default": default,
+        })
     # Go programs read a code as an integer. The container's own has no number.
     codes = [(int(code), text) for code, text in _exit_codes_of(command) if code.isdigit()]
     return {
@@ -2021,8 +2062,8 @@ def _opencli_command(command: str, row: _Command) -> Document:
 def _scan(argv: Sequence[str]) -> tuple[str | None, _Options, list[str]]:
     """Sort a command line into the command, its options by their long names, and other words.
 
-    argparse is not asked: it has its own way with `--` and with values that start with a dash, and
-    another one in each version.
+    argparse does not see argv, only the options that are spelled out here: it has its own way with
+    `--` and with values that start with a dash, and another one in each version.
     """
     command = None
     options: list[tuple[str, str | None]] = []
@@ -2076,11 +2117,11 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
             raise _UsageError(f"{name} does not take a value")
         arguments.append(name if value is None else f"{name}={value}")
     if command not in _COMMANDS:
-        problem = f"unknown command {_shown(command or '')!r}"
-        raise _UsageError(f"{problem if command else 'no command'}: use one of {_command_names()}")
+        problem = f"unknown command {_shown(command)!r}" if command else "no command"
+        raise _UsageError(f"{problem}: use one of {', '.join(_COMMANDS)}")
     args = _build_parser(rows).parse_args(arguments)
     args.command, args.words = command, words
-    _check_words(args)
+    _check_combination(args)
     return args
 
 
@@ -2107,10 +2148,6 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
     return parser
 
 
-def _command_names() -> str:
-    return ", ".join(_COMMANDS)
-
-
 def _unknown_option(name: str) -> str:
     """Return what is wrong with an option that the command does not have."""
     if name.startswith("--token"):
@@ -2133,10 +2170,10 @@ def _convert(name: str, value_name: str, text: str) -> Any:
         return _convert_duration(name, text)
     elif value_name == "N":
         if not (text.isascii() and text.isdigit() and len(text) <= 15):
-            raise _UsageError(f"{name}: {_shown(text)!r} is not a whole number >= 0")
+            raise _UsageError(f"{name}: {_shown(text)!r} is not {_WHOLE_NUMBER}")
         return int(text)
     elif value_name in ("DIR", "FILE", "PATH"):
-        # As the system spells it. What is not UTF-8 has been refused by _check_encoding.
+        # As the system spells it. What is not UTF-8 has been refused by _main.
         return os.fsdecode(text.encode())
     return text
 
@@ -2151,7 +2188,7 @@ def _convert_duration(name: str, text: str) -> float:
     return seconds
 
 
-def _check_words(args: argparse.Namespace) -> None:
+def _check_combination(args: argparse.Namespace) -> None:
     """Raise what is wrong with the words of a command line, and with its options together."""
     if args.quiet and (args.verbose or args.trace):
         raise _UsageError("--quiet and --verbose or --trace exclude each other")
@@ -2165,18 +2202,14 @@ def _check_words(args: argparse.Namespace) -> None:
     if len(args.words) > most:
         raise _UsageError(f"{args.command} does not take the argument {_shown(args.words[-1])!r}")
     try:
-        _check_request(args, arguments)
+        if args.command == "run":
+            _run_request(args.words, args.profile, args.image, args.timeout_seconds)
+        if args.command == "delete":
+            for run_id in args.words:
+                _path_segment(run_id)
     except ConfigError as error:
         # To the library a bad value may come from anywhere. Here the user has typed it.
         raise _UsageError(error.reason, error.advice) from None
-
-
-def _check_request(args: argparse.Namespace, arguments: Sequence[Any]) -> None:
-    if args.command == "run":
-        _run_request(args.words, args.profile, args.image, args.timeout_seconds)
-    if arguments and arguments[0][0] == "run_id":
-        for run_id in args.words:
-            _path_segment(run_id)
 
 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
@@ -2201,7 +2234,8 @@ def _is_writable(descriptor: int, seconds: float) -> bool:
         return True  # nobody knows: Windows selects sockets only
 
 
-# A system call for each row would cost more than the row. A large piece is not copied.
+# A system call for each row would cost more than the row. A large piece stands alone, and join
+# gives a single text back without a copy.
 def _gathered(pieces: Iterable[str]) -> Iterator[str]:
     held: list[str] = []
     size = 0
@@ -2264,7 +2298,7 @@ class _Reporter(_Observer):
         self.secrets: list[str] = []
         self.run_state = "not_sent"
         self.has_failed = False
-        self.deleted: list[Document] = []
+        self.deleted: list[Document] = []  # what `delete` has done before it is interrupted
         self.patience_seconds = _PATIENCE_SECONDS
         self.drawn = ""
         self.show_progress("")
@@ -2297,11 +2331,11 @@ class _Reporter(_Observer):
 
     def warn(self, text: str) -> None:
         if not self.is_quiet:
-            self._print("warning", text, f"warning: {text}")
+            self._print("warning", text)
 
     def explain(self, text: str) -> None:
         if self.is_verbose:
-            self._print("verbose", text, text)
+            self._print("verbose", text)
 
     def show_headers(self, mark: str, lines: Iterable[str]) -> None:
         if not self.is_tracing:
@@ -2310,7 +2344,7 @@ class _Reporter(_Observer):
             name, _, _ = line.partition(":")
             if name.lower().endswith("authorization"):
                 line = f"{name}: [redacted]"
-            self._print("trace", f"{mark} {line}", f"{mark} {line}")
+            self._print("trace", f"{mark} {line}")
 
     def show_progress(self, text: str) -> None:
         """Start to show how long something takes, after its first second; "" stops that."""
@@ -2332,7 +2366,9 @@ class _Reporter(_Observer):
         for name in _options_of(command):
             names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
         for parameter, name in names.items():
-            error.advice = error.advice.replace(parameter, name)
+            # A server's own words may look like a parameter of the library.
+            if parameter == "`api_url`" or not isinstance(error, ApiError):
+                error.advice = error.advice.replace(parameter, name)
             if isinstance(error, ConfigError):
                 error.reason = error.reason.replace(parameter, name)
         fields: Document = {}
@@ -2341,7 +2377,7 @@ class _Reporter(_Observer):
             error.run_state = error.run_state or self.run_state
             fields = {"run_state": error.run_state}
         document = {**error.as_document(), **fields}
-        self._print(error.kind, str(error), str(error), document)
+        self._print(error.kind, str(error), document)
 
     def interrupt(self, interrupt: KeyboardInterrupt, command: str | None) -> int:
         code: int = getattr(interrupt, "exit_code", 130)
@@ -2370,8 +2406,10 @@ class _Reporter(_Observer):
         """Print what `run --format text` has for standard error: the container's, and a line."""
         errors = _cell(document, "stderr")
         output = errors or _cell(document, "stdout")
+        # What the container wrote last may lack the end of its line. Standard output is in the way
+        # of the next line only on a terminal, where it is the same screen.
         if output and output[-1] != "\n" and (errors or self.is_terminal):
-            errors += "\n"  # or the line would stand at the end of the last one
+            errors += "\n"
         try:
             _write_stream(sys.stderr, [errors])
         except (AttributeError, OSError, ValueError):
@@ -2383,11 +2421,13 @@ class _Reporter(_Observer):
             text += f" with exit code {code}"
         if duration:
             text += f" after {duration} ms"
-        self._print("run", text, text, fields)
+        self._print("run", text, fields)
 
-    def _print(self, kind: str, text: str, line: str, fields: Document | None = None) -> None:
+    def _print(self, kind: str, text: str, fields: Document | None = None) -> None:
         """Print a message as a line, or as an object with more fields."""
-        line = _visible(_redacted(line, self.secrets))
+        line = _visible(_redacted(text, self.secrets))
+        if kind == "warning":
+            line = f"warning: {line}"
         if self.is_coloured and kind not in ("warning", "verbose", "trace", "run"):
             line = f"\033[31m{line}\033[0m"
         line = f"{_PROGRAM}: {line}"
@@ -2539,8 +2579,8 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         old = os.stat(path)
     except FileNotFoundError:
         old = None
-    # A rename would leave the old content under the other names of a hard link. It would also leave
-    # it for whoever has the file open: so has the shell, where the path is /dev/stdout.
+    # A rename would leave the old content under the other names of a hard link, and for whoever has
+    # the file open, as the shell has where the path is /dev/stdout.
     is_special = os.path.abspath(path).startswith(("/dev/", "/proc/"))
     if old is not None:
         is_plain = stat.S_ISREG(old.st_mode) and old.st_nlink == 1
@@ -2553,7 +2593,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             descriptor = _create(temporary)
         except OSError:
             return False
-        with open(descriptor, "wb", buffering=0):
+        with open(descriptor, "wb", buffering=0):  # which closes it
             # Root, or another member of a group, would take the file from its owner.
             new = os.fstat(descriptor)
             if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
@@ -2589,11 +2629,11 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     if proxy:
         via = f"{_redacted_url(proxy)} from {proxy_source}"
     report.explain(f"API URL {url} from {source}; proxy {via}")
-    token, source = resolve_token(args.token_file, os.environ)
+    token, token_source = resolve_token(args.token_file, os.environ)
     report.secrets = [token]
     if report.is_verbose:
         facts = _token_facts(token, _SCOPES[_COMMANDS[args.command].method])
-        report.explain(f"token from {source}: {'; '.join(facts)}")
+        report.explain(f"token from {token_source}: {'; '.join(facts)}")
     host = urllib.parse.urlsplit(url).hostname or ""
     # A name without a dot is of this machine or of a compose file.
     is_near = "." not in host and _parse_address(host) is None
@@ -2623,9 +2663,11 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
     client = None
     while True:
         left = end - time.monotonic()
+        is_last_look = left <= 0
         try:
             # There may be no token yet.
             client = client or _client(args, report)
+            client._retry_pauses_seconds = ()  # this loop is what tries again
             # Even with --timeout 0 a look that hangs must not use up the wait. The last one may
             # take a second.
             client.timeout = min(args.timeout or _TIMEOUT_SECONDS, max(left, 1))
@@ -2641,13 +2683,13 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             reason = str(error)
             if isinstance(error, TransportError):  # its advice is to wait, which is done here
                 reason = error.reason
-            # A longer wish would use up the wait, so it is not kept.
+            # A Retry-After of minutes is shown, and not kept: it would use up most waits.
             asked_seconds = getattr(error, "retry_after_seconds", 0)
             if asked_seconds <= 10:
                 pause_seconds = max(pause_seconds, asked_seconds)
-        if left <= 0:
+        if is_last_look:
             text = f"the platform is not ready after {_rounded(args.wait)}: {reason}"
-            raise DeadlineError(text)
+            raise DeadlineError(text, retryable=True)
         _pause(min(pause_seconds, end - time.monotonic()), report.tick)
         pause_seconds = min(2 * pause_seconds, _WAIT_PAUSE_SECONDS)
 
@@ -2663,8 +2705,8 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     within = ""
     if limit or timeout:
         within = f" of {_rounded(limit or timeout)}"
-    place = args.image or args.profile or _DEFAULT_PROFILE
-    report.show_progress(f"{within}  {place}: {' '.join(args.words)}")
+    target = args.image or args.profile or _DEFAULT_PROFILE
+    report.show_progress(f"{within}  {target}: {' '.join(args.words)}")
     options = {"profile": args.profile, "image": args.image, "timeout_seconds": limit}
     try:
         document = client.run(args.words, timeout=timeout, **options)
@@ -2701,11 +2743,11 @@ def _deleted_document(args: argparse.Namespace, report: _Reporter) -> Any:
 
 
 def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
-    topic = "".join(args.words)
+    topic = "".join(args.words)  # it takes one word at most
     if topic and args.format:
         raise _UsageError(f"there is one document of all commands: leave out {_shown(topic)!r}")
     if topic and topic not in _COMMANDS:
-        raise _UsageError(f"no help about {_shown(topic)!r}: there is {_command_names()}")
+        raise _UsageError(f"no help about {_shown(topic)!r}: there is {', '.join(_COMMANDS)}")
     if args.format:
         return _opencli_document()
     return _page(topic or None)
@@ -2898,7 +2940,9 @@ def console() -> NoReturn:
     process = _Process()
     sys.unraisablehook = process.report_unraisable
     code: int | None = None
-    while True:  # once more at most: a signal interrupts once
+    # An interrupt that comes between the end of _main and the end of the process is caught here,
+    # and then only the end is left to do.
+    while True:
         try:
             if code is None:
                 code = _main(None, process)

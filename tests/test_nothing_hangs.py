@@ -514,17 +514,17 @@ def test_wait_looks_a_last_time_at_its_end(
 
 
 @pytest.mark.parametrize(
-    ("status", "after", "requests"),
+    ("status", "after"),
     [
-        pytest.param("429 Too Many Requests", 1, 2, id="429"),
-        pytest.param("429 Too Many Requests", 9, 2, id="429-nine", marks=second_tier),
-        pytest.param("503 Service Unavailable", 3, 4, id="503", marks=second_tier),
+        pytest.param("429 Too Many Requests", 1, id="429"),
+        pytest.param("429 Too Many Requests", 9, id="429-nine", marks=second_tier),
+        pytest.param("503 Service Unavailable", 2, id="503"),
     ],
 )
 def test_wait_keeps_a_short_retry_after(
-    status: str, after: int, requests: int, cli: InProcess, serve: Serve
+    status: str, after: int, cli: InProcess, serve: Serve
 ) -> None:
-    """So it does not ask meanwhile, the tries of a single look apart."""
+    """So it does not ask meanwhile."""
     first: list[float] = []
 
     def script(connection: Connection) -> None:
@@ -537,7 +537,7 @@ def test_wait_keeps_a_short_retry_after(
     server = serve(script)
     result = cli("status", "--wait", "60s", at=server)
     assert (result.code, result.err) == (0, b"")
-    assert len(server.requests) <= requests
+    assert len(server.requests) <= 2
 
 
 @pytest.mark.parametrize("value", ["11", "soon", "-5", "9" * 400])
