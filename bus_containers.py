@@ -764,8 +764,8 @@ def parse_duration(text: str) -> float:
         # The longest duration has 19 digits. Python may refuse an int of thousands.
         whole = whole.lstrip("0")[:20]
         nanoseconds += int(whole or "0") * _UNIT_NANOSECONDS[unit]
-        # Go reads as many digits of a fraction as fit its int64, computes with a float, and cuts off
-        # what is left of a nanosecond.
+        # Go reads as many digits of a fraction as fit its int64, computes with a float, and cuts
+        # off what is left of a nanosecond.
         zeros = len(fraction) - len(fraction.lstrip("0"))
         significant = fraction[zeros : zeros + 19]
         if int(significant or "0") > 2**63:
@@ -1738,7 +1738,10 @@ def _format_json(_command: str, document: Any) -> Iterator[str]:
 
 
 def _format_text(command: str, document: Any) -> Iterator[str]:
-    """Give what people read: a run's output as it is, a line for each deletion, else a table."""
+    """Give what people read: help or a run's output as it is, a line per deletion, or a table."""
+    if command == "help":
+        yield document
+        return
     if command == "run":
         yield _cell(document, "stdout")
         return
@@ -1784,17 +1787,12 @@ def _format_tsv(command: str, document: Any) -> Iterator[str]:
         yield "\t".join(cells) + "\n"
 
 
-def _format_plain(_command: str, text: Any) -> Iterator[str]:
-    """Give help for people as it is."""
-    yield text
-
-
 _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
     "json": _format_json,
     "text": _format_text,
     "tsv": _format_tsv,
     "opencli": _format_json,
-    None: _format_plain,
+    None: _format_text,  # help for people
 }
 
 
@@ -2601,17 +2599,13 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             if old and hasattr(os, "fchmod"):
                 os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
             _write_all(descriptor, make_pieces())
-        return _rename(temporary, path)
+        try:
+            os.replace(temporary, os.path.realpath(path))
+        except OSError:  # a mounted file, or another's in a folder such as /tmp
+            return False
+        return True
     finally:
         _remove(temporary)
-
-
-def _rename(temporary: str, path: str) -> bool:
-    try:
-        os.replace(temporary, os.path.realpath(path))
-    except OSError:  # a mounted file, or another's in a folder such as /tmp
-        return False
-    return True
 
 
 # ---- Commands: each from its options to a document ----------------------------------------------

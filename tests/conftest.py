@@ -21,9 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from hostile import Api, ApiServer, Certificates, Hostile, why_no_openssl
 from local_platform import Platform
-from support import CANARY, ROOT, InProcess, Program, Result, is_ours, skip_if
-
-__all__ = ["ROOT", "Program", "Result"]  # until converted: they are in support.py
+from support import CANARY, ROOT, InProcess, Program, is_ours, skip_if
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

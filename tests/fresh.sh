@@ -48,7 +48,7 @@ trap 'exit 143' TERM
 tell() {
     echo "$1" >>"$work/results"
     echo "$1${2:+
-$(tail -n 200 -- "$2" | sed 's/^/    /')}"
+$(tail -n 2000 -- "$2" | sed 's/^/    /')}"
 }
 
 # ---- What the roots are given ------------------------------------------------------------------

@@ -33,10 +33,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
 
-from support import DOCUMENTS, LIMIT, Spoken, chain, spoken, together
-
-# until converted: they are in support.py
-__all__ = ["LIMIT", "Spoken", "chain", "spoken", "together"]
+from support import DOCUMENTS, LIMIT
 
 # --- connections and scripts ------------------------------------------------------------------
 
@@ -52,10 +49,7 @@ class Connection:
     def read_head(self) -> bytes:
         """Read to the blank line that ends the request's head."""
         while b"\r\n\r\n" not in self._seen:
-            more = self.sock.recv(65536)
-            if not more:
-                raise ConnectionError("the client left amid its request")
-            self._seen += more
+            self._read_more()
         return self._seen[: self._seen.index(b"\r\n\r\n") + 4]
 
     def read_request(self) -> bytes:
@@ -64,13 +58,16 @@ class Connection:
         length = re.search(rb"(?i)\r\ncontent-length: *([0-9]+)\r\n", head)
         end = len(head) + (int(length[1]) if length else 0)
         while len(self._seen) < end:
-            more = self.sock.recv(65536)
-            if not more:
-                raise ConnectionError("the client left amid its request")
-            self._seen += more
+            self._read_more()
         request, self._seen = self._seen[:end], self._seen[end:]
         self.server.requests.append(request)
         return request
+
+    def _read_more(self) -> None:
+        more = self.sock.recv(65536)
+        if not more:
+            raise ConnectionError("the client left amid its request")
+        self._seen += more
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
@@ -111,7 +108,7 @@ class Connection:
         self.sock.close()
 
 
-Script = Callable[[Connection], None]
+Script = Callable[[Connection], object]
 
 
 def message(
@@ -125,6 +122,20 @@ def message(
     return "\r\n".join([*lines, *headers, "", ""]).encode("latin-1") + body
 
 
+def steps(*steps: Script) -> Script:
+    """These scripts one after the other, on the same connection."""
+
+    def script(connection: Connection) -> None:
+        for step in steps:
+            step(connection)
+
+    return script
+
+
+def sends(data: bytes) -> Script:
+    return lambda connection: connection.send(data)
+
+
 def answer(body: bytes = b"", status: str = "200 OK", *headers: str) -> Script:
     """Read the request and answer it properly."""
     return raw(message(body, status, *headers))
@@ -132,12 +143,7 @@ def answer(body: bytes = b"", status: str = "200 OK", *headers: str) -> Script:
 
 def raw(data: bytes) -> Script:
     """Read the request, send these bytes, close."""
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.send(data)
-
-    return script
+    return steps(Connection.read_request, sends(data))
 
 
 def html(status: str, title: str) -> Script:
@@ -151,18 +157,12 @@ def html(status: str, title: str) -> Script:
 
 def close() -> Script:
     """Read the request and close without a byte."""
-    return lambda connection: void(connection.read_request())
+    return Connection.read_request
 
 
 def reset(after: bytes = b"") -> Script:
     """Read the request, send these bytes, and reset."""
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.send(after)
-        connection.reset()
-
-    return script
+    return steps(raw(after), Connection.reset)
 
 
 def silent() -> Script:
@@ -197,49 +197,27 @@ def answer_unread(data: bytes, linger: bool) -> Script:
 
 def then_hold(data: bytes) -> Script:
     """Read the request, send these bytes, never go on."""
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.send(data)
-        connection.hold()
-
-    return script
+    return steps(raw(data), Connection.hold)
 
 
 def hold_at_once() -> Script:
     """Accept, and say nothing whatever comes."""
-
-    def script(connection: Connection) -> None:
-        connection.await_data()
-        connection.hold()
-
-    return script
+    return steps(Connection.await_data, Connection.hold)
 
 
 def drip(data: bytes, first: bytes = b"", every: float = 0.2) -> Script:
     """Read the request, send `first` at once and `data` a byte at a time."""
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.send(first)
-        connection.drip(data, every)
-
-    return script
+    return steps(raw(first), lambda connection: connection.drip(data, every))
 
 
 def drip_at_once(data: bytes) -> Script:
     """Once the client has begun, send a byte at a time without reading anything."""
-
-    def script(connection: Connection) -> None:
-        connection.await_data()
-        connection.drip(data)
-
-    return script
+    return steps(Connection.await_data, lambda connection: connection.drip(data))
 
 
 def never_read() -> Script:
     """Accept, and let the request pile up in the sockets' buffers."""
-    return lambda connection: connection.stall()
+    return Connection.stall
 
 
 def again_and_again(data: bytes) -> Script:
@@ -283,7 +261,6 @@ class Hostile:
         self.scripts = scripts or (answer(b"{}"),)
         self.requests: list[bytes] = []
         self.connections = 0
-        self.accepted_at = 0.0
         self.reached = threading.Event()  # a script is where it was meant to bring the client
         self.left = threading.Event()  # the client went away while a script held it
         self.ending = threading.Event()
@@ -362,7 +339,6 @@ class Hostile:
             if self.ending.is_set():
                 sock.close()
                 return
-            self.accepted_at = self.accepted_at or time.monotonic()
             script = self.scripts[min(self.connections, len(self.scripts) - 1)]
             self.connections += 1
             self._open.append(sock)

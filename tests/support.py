@@ -28,6 +28,7 @@ import time
 import tty
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -246,7 +247,7 @@ class InProcess(Caller):
         out, err = _Stream(stdout), _Stream(stderr)
         environment = self._environment(args, at, env)
         try:
-            with _Swapped(out.stream, err.stream, input, environment, cwd or self.folder):
+            with _swapped(out.stream, err.stream, input, environment, cwd or self.folder):
                 start = time.monotonic()
                 code = bus_containers.main([*args])
                 seconds = time.monotonic() - start
@@ -282,45 +283,35 @@ class _Stream:
             return self._file.read()
 
 
-class _Swapped:
+@contextmanager
+def _swapped(
+    out: Any, err: Any, given: bytes, environ: dict[str, str], cwd: Path | None
+) -> Iterator[None]:
     """Streams, environment, folder and descriptor 0 of this process, for the length of a call."""
+    before = (sys.stdin, sys.stdout, sys.stderr)
+    own_environ, own_cwd, own_stdin = dict(os.environ), os.getcwd(), os.dup(0)
+    with tempfile.TemporaryFile() as file:
+        file.write(given)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+    with open(0, encoding="utf-8", closefd=False) as sys.stdin:
+        sys.stdout, sys.stderr = out, err
+        _set_environment(environ)
+        os.chdir(cwd or own_cwd)
+        try:
+            yield
+        finally:
+            sys.stdin, sys.stdout, sys.stderr = before
+            os.dup2(own_stdin, 0)
+            os.close(own_stdin)
+            _set_environment(own_environ)
+            os.chdir(own_cwd)
 
-    def __init__(
-        self, out: Any, err: Any, given: bytes, environ: dict[str, str], cwd: Path | None
-    ) -> None:
-        self._streams = (out, err)
-        self._input = given
-        self._environ = environ
-        self._cwd = cwd
 
-    def __enter__(self) -> None:
-        self._before = (sys.stdin, sys.stdout, sys.stderr, dict(os.environ), os.getcwd())
-        self._stdin = os.dup(0)
-        with tempfile.TemporaryFile() as file:
-            file.write(self._input)
-            file.seek(0)
-            os.dup2(file.fileno(), 0)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
-        sys.stdout, sys.stderr = self._streams
-        self._set_environment(self._environ)
-        if self._cwd is not None:
-            os.chdir(self._cwd)
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdin.close()
-        sys.stdin, sys.stdout, sys.stderr, environ, cwd = self._before
-        os.dup2(self._stdin, 0)
-        os.close(self._stdin)
-        self._set_environment(environ)
-        os.chdir(cwd)
-
-    @staticmethod
-    def _set_environment(wanted: dict[str, str]) -> None:
-        for name in set(os.environ) - set(wanted):
-            del os.environ[name]
-        for name, value in wanted.items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value
+def _set_environment(wanted: dict[str, str]) -> None:
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    os.environ.update(wanted)
 
 
 # --- side by side -----------------------------------------------------------------------------
@@ -501,17 +492,9 @@ def api_commands() -> list[str]:
 
 def options_of(command: str) -> list[Option]:
     """The options that this command takes, those of every command included."""
-    return [
-        Option(
-            command,
-            row["name"],
-            tuple(row["aliases"]),
-            row["valueName"],
-            row["repeatable"],
-            row["default"],
-        )
-        for row in _command(command)["options"]
-    ]
+    keys = ("name", "aliases", "valueName", "repeatable", "default")
+    rows = ([row[key] for key in keys] for row in _command(command)["options"])
+    return [Option(command, name, tuple(aliases), *rest) for name, aliases, *rest in rows]
 
 
 def common_options() -> list[str]:
@@ -525,13 +508,9 @@ def variables() -> list[dict[str, Any]]:
     return list(opencli()["metadata"]["io.busdk.environment"]["variables"])
 
 
-def exit_codes(command: str) -> list[int]:
-    return [int(row["code"]) for row in _command(command)["exitCodes"]]
-
-
 def failure_code(command: str) -> int:
     """The exit code of a failure that is neither a usage error nor the container's own."""
-    return 125 if 125 in exit_codes(command) else 1
+    return 125 if 125 in [row["code"] for row in _command(command)["exitCodes"]] else 1
 
 
 def words(command: str) -> tuple[str, ...]:

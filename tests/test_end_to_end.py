@@ -327,3 +327,32 @@ def test_a_provider_without_a_list_of_runs(cli: InProcess) -> None:
         assert [item["state"] for item in items] == ["exited"]
         header = cli("runs", "-f", "tsv", at=platform).out.splitlines()[0]
     assert header == b"run_id\tstate\texit_code\tduration_ms\timage\tstarted_at\tcommand"
+
+
+# --- CONTRACT.md and the map of tests/README.md ---------------------------------------------------
+
+
+def promises(text: str) -> set[str]:
+    """The numbers in a text, "6.5 to 6.7" and "6.5-6.7" written out."""
+    found = set()
+    for section, first, last in re.findall(r"\b([1-6])\.(\d+)\b(?:(?: to |-)\d\.(\d+))?", text):
+        found |= {f"{section}.{number}" for number in range(int(first), int(last or first) + 1)}
+    return found
+
+
+def test_each_promise_is_cited_and_found_where_the_map_says() -> None:
+    tests = ROOT / "tests"
+    contract = (tests / "CONTRACT.md").read_text("utf-8")
+    made = set(re.findall(r"^- ([1-6]\.\d+) ", contract, re.MULTILINE))
+    cited = {}
+    for path in tests.glob("test_*.py"):
+        text = " ".join(path.read_text("utf-8").split())
+        head = ast.get_docstring(ast.parse(path.read_bytes())) or ""
+        after = re.findall(r"romises? ((?:(?:, | and | to |-)?[1-6]\.\d+)+)", text)
+        cited[path.name] = promises(" ".join([head, *after]))
+    assert set().union(*cited.values()) == made
+    readme = (tests / "README.md").read_text("utf-8")
+    mapped = dict(re.findall(r"^\| `(test_\w+\.py)` \|(.*)\|$", readme, re.MULTILINE))
+    assert mapped.keys() == cited.keys()
+    for name, row in mapped.items():
+        assert promises(row) <= cited[name], name

@@ -512,8 +512,8 @@ WHOLE: list[Line] = [
     Line("run true", html("502 Bad Gateway", "x"), 125, "api unknown",
          "POST AT/runs: HTTP 502 Bad Gateway; ADVICE"),
     Line("run true", html("413 Too Large", "x"), 125, "api refused",
-         f"{PROXIED_AT}: HTTP 413 Too Large; this may be the answer of the proxy URL, not of the API",
-         BY_PROXY),
+         f"{PROXIED_AT}: HTTP 413 Too Large; this may be the answer of the proxy URL, "
+         "not of the API", BY_PROXY),
     Line("run true", answer(DOCUMENT.replace(b"OK", b"\xff")), 0, "warning",
          "warning: the answer is not all UTF-8: what is not became U+FFFD"),
     Line("run -f text true", answer(CLOSING), 37, "run",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The stand-in platform: what it accepts, refuses, runs and leaves (section 1 of the promises).
+"""The stand-in platform: what it accepts, refuses, runs and leaves: promises 1.3, 1.4 and 1.6.
 
 Who relies on the tests relies on this: it checks requests as strictly as the real provider does.
 """
