@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: MIT
 """Measure start, CPU and memory of the program, as ratios: `python3 tests/benchmark.py`.
 
-Prints a table with a row for each figure that the project promises. A figure is a ratio of two
-minima: of processes that ran in turn (A B A B ...) under the same interpreter, venv and
-environment, what the cheapest of each side took, as the operating system accounts for it: user and
-system CPU of the whole process, and its peak of memory. Whatever else the machine does adds to
-what a process takes and never saves it anything, so a minimum comes down to what the program needs
-by itself. Where a row misses its bound its processes run again, up to PASSES times, and what ran
-before counts: noise goes, and a program that needs too much misses its bound however often it
-runs. One row is a number of seconds on the clock. No start is subtracted, except where a row says
-so. The program is installed into a new venv, the archive built by the same interpreter. Standard
-library only, on POSIX.
+Prints a table with a row for each figure that the project promises. Processes run in turn, round
+by round (A B A B ...), under the same interpreter, venv and environment, and each round gives a
+ratio: of user and system CPU of whole processes, or of their peak of memory, as the operating
+system accounts for them. As both sides of a ratio ran within the same seconds, the machine was as
+fast for one as for the other; the minima of all rounds would not do, as one of them may have met a
+moment in which the clock was higher. The figure is the lower quartile of the ratios: a row misses
+its bound only if three rounds of four are above it, which a program that needs too much is in all
+of them. Then as many rounds run again, up to PASSES times, and all of them count. One row is a
+number of seconds on the clock. No start is subtracted, except where a row says so. The program is
+installed into a new venv, the archive built by the same interpreter. Standard library only, on
+POSIX.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import resource
 import shlex
@@ -38,7 +40,7 @@ MIB = 1 << 20
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 FORMATS = ("json", "tsv", "text")
 STATUS = '{"items": [{"id": "runner-1", "state": "ready", "owner_identity_id": "acct_1"}]}'
-OFTEN = 8  # small cases cost little above a start: so often they come in a round of large ones
+OFTEN = 6  # small cases cost little above a start: so often they come in a round of large ones
 PASSES = 5
 
 
@@ -52,8 +54,8 @@ class Sizes(NamedTuple):
     linear_runs: tuple[int, int]
 
 
-FULL = Sizes(30, 5, 64, (4, 256), (1_000, 100_000))
-QUICK = Sizes(10, 2, 16, (4, 64), (1_000, 50_000))
+FULL = Sizes(30, 8, 64, (4, 256), (1_000, 100_000))
+QUICK = Sizes(12, 4, 16, (4, 64), (1_000, 50_000))
 
 
 # ---- The other sides: what a ratio is taken of ------------------------------------------------
@@ -174,25 +176,45 @@ class Usage(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A ratio, or another number, and what it is of; None if it was left out."""
+    """A ratio, or another number, and what it is of; no number if it was left out."""
 
-    number: float | None
+    number: float
     of: str
 
 
-LEFT_OUT = Figure(None, "")
+LEFT_OUT = Figure(math.nan, "")
 
 
-def cpu_ratio(usages: Mapping[Case, Usage], ours: Case, other: Case) -> Figure:
-    cpu, other_cpu = usages[ours].cpu_seconds, usages[other].cpu_seconds
-    return Figure(cpu / other_cpu, f"{cpu * 1000:,.1f} : {other_cpu * 1000:,.1f} ms")
+Round = Mapping[Case, Usage]  # of a case that ran several times, the median
 
 
-def linearity(usages: Mapping[Case, Usage], cases: Mapping[int, Case], *units: int) -> Figure:
+def median(values: Iterable[float]) -> float:
+    """The module statistics would double the memory of this process."""
+    ordered = sorted(values)
+    return (ordered[len(ordered) // 2] + ordered[(len(ordered) - 1) // 2]) / 2
+
+
+def lower_quartile(figures: Iterable[Figure]) -> Figure:
+    ordered = sorted(figures)
+    return ordered[len(ordered) // 4]
+
+
+def cpu_ratio(rounds: Iterable[Round], ours: Case, other: Case) -> Figure:
+    pairs = ((each[ours].cpu_seconds, each[other].cpu_seconds) for each in rounds)
+    return lower_quartile(
+        Figure(cpu / other_cpu, f"{cpu * 1000:,.1f} : {other_cpu * 1000:,.1f} ms")
+        for cpu, other_cpu in pairs
+    )
+
+
+def linearity(rounds: Iterable[Round], cases: Mapping[int, Case], *units: int) -> Figure:
     """What a unit costs in a large document and in a small one, above a start without any."""
-    above = [usages[cases[n]].cpu_seconds - usages[cases[0]].cpu_seconds for n in units]
-    small, large = (1e6 * cpu / n for cpu, n in zip(above, units))
-    return Figure(large / small, f"{large:,.1f} : {small:,.1f} us for each")
+    figures = []
+    for each in rounds:
+        above = [each[cases[n]].cpu_seconds - each[cases[0]].cpu_seconds for n in units]
+        small, large = (max(1e6 * cpu / n, 0.01) for cpu, n in zip(above, units))
+        figures.append(Figure(large / small, f"{large:,.1f} : {small:,.1f} us for each"))
+    return lower_quartile(figures)
 
 
 class Bench:
@@ -200,7 +222,7 @@ class Bench:
 
     def __init__(self, folder: Path, origin: str, sizes: Sizes) -> None:
         self.folder, self.origin, self.sizes = folder, origin, sizes
-        self._least: dict[Case, Usage] = {}
+        self._rounds: dict[tuple[Case, ...], list[Round]] = {}
         # Neither what keeps byte code from being written nor who measures may make a difference.
         kept = {n: value for n, value in os.environ.items() if not n.startswith(("PYTHON", "BUS_"))}
         self._preparing = kept
@@ -264,12 +286,15 @@ class Bench:
             raise SystemExit(f"exit code {code}, not {case.code}: {shlex.join(case.argv)}")
         return Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * RSS_UNIT, seconds)
 
-    def in_turn(self, order: Sequence[Case], rounds: int) -> dict[Case, Usage]:
-        """Run the cases one after the other, round by round; return the least each ever took."""
-        for case in itertools.chain.from_iterable([order] * rounds):
-            usage = self.run(case)
-            self._least[case] = Usage(*map(min, usage, self._least.get(case, usage)))
-        return self._least
+    def in_turn(self, order: Sequence[Case], rounds: int) -> list[Round]:
+        """Run the cases one after the other, round by round; return all rounds of them so far."""
+        done = self._rounds.setdefault(tuple(order), [])
+        for _ in range(rounds):
+            taken: dict[Case, list[Usage]] = {}
+            for case in order:
+                taken.setdefault(case, []).append(self.run(case))
+            done.append({case: Usage(*map(median, zip(*n))) for case, n in taken.items()})
+        return done
 
 
 # ---- The rows ---------------------------------------------------------------------------------
@@ -292,8 +317,8 @@ def starts(bench: Bench) -> Passes:
     found = sorted(name for name in names if f"{name}.".startswith(network))
     modules = Figure(len(found), ", ".join(found) or f"of {len(names)} modules")
     while True:
-        usages = bench.in_turn([bare, *cases], bench.sizes.rounds)
-        yield [*(cpu_ratio(usages, case, bare) for case in cases), modules]
+        rounds = bench.in_turn([bare, *cases], bench.sizes.rounds)
+        yield [*(cpu_ratio(rounds, case, bare) for case in cases), modules]
 
 
 def archive_start(bench: Bench) -> Passes:
@@ -312,8 +337,8 @@ def status(bench: Bench) -> Passes:
     ours = [Case((bench.installed, *bench.status))]
     ours += [Case((bench.python, bench.archive, *bench.status))]
     while True:
-        usages = bench.in_turn([script, *ours], bench.sizes.rounds)
-        yield [cpu_ratio(usages, case, script) for case in ours]
+        rounds = bench.in_turn([script, *ours], bench.sizes.rounds)
+        yield [cpu_ratio(rounds, case, script) for case in ours]
 
 
 def rivals(bench: Bench) -> Passes:
@@ -330,8 +355,8 @@ def rivals(bench: Bench) -> Passes:
             print(f"{library} is left out: {error}")
     measured = [ours, *filter(None, scripts.values())]
     while True:
-        usages = bench.in_turn(measured, bench.sizes.rounds)
-        yield [cpu_ratio(usages, ours, n) if n else LEFT_OUT for n in scripts.values()]
+        rounds = bench.in_turn(measured, bench.sizes.rounds)
+        yield [cpu_ratio(rounds, ours, n) if n else LEFT_OUT for n in scripts.values()]
 
 
 def dead_address(bench: Bench) -> Passes:
@@ -361,9 +386,14 @@ def dead_address(bench: Bench) -> Passes:
         urls = (f"http://{name}.test:{port}/status-1" for name in ("dead", "good"))
         dead, good = (Case((*words, url)) for url in urls)
         while True:
-            usages = bench.in_turn([good, dead], bench.sizes.rounds)
-            slow, fast = usages[dead].seconds, usages[good].seconds
-            yield [Figure(slow - fast, f"{slow:.3f} - {fast:.3f} s on the clock")]
+            rounds = bench.in_turn([good, dead], bench.sizes.rounds)
+            pairs = ((each[dead].seconds, each[good].seconds) for each in rounds)
+            yield [
+                lower_quartile(
+                    Figure(slow - fast, f"{slow:.3f} - {fast:.3f} s on the clock")
+                    for slow, fast in pairs
+                )
+            ]
 
 
 def large_answer(bench: Bench) -> Passes:
@@ -378,15 +408,21 @@ def large_answer(bench: Bench) -> Passes:
     small = [runs[n] for runs in cases.values() for n in (0, units[0])] * OFTEN
     large = [runs[n] for runs in cases.values() for n in (mib, units[1])]
     while True:
-        usages = bench.in_turn([*small, *large], bench.sizes.few)
-        figures = []
-        for runs in cases.values():
-            start = usages[runs[0]].peak_bytes
-            # Linux starts a process's peak at that of the process from which it was spawned.
-            assert start > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-            above = usages[runs[mib]].peak_bytes - start
-            figures.append(Figure(above / answer, f"{above / MIB:.1f} : {answer / MIB:.1f} MiB"))
-        yield [*figures, *(linearity(usages, runs, *units) for runs in cases.values())]
+        rounds = bench.in_turn([*small, *large], bench.sizes.few)
+        yield [
+            *(peak_ratio(rounds, runs[mib], runs[0], answer) for runs in cases.values()),
+            *(linearity(rounds, runs, *units) for runs in cases.values()),
+        ]
+
+
+def peak_ratio(rounds: Iterable[Round], ours: Case, start: Case, answer: int) -> Figure:
+    # Linux starts a process's peak at that of the process from which it was spawned.
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    assert all(each[start].peak_bytes > own for each in rounds)
+    peaks = (each[ours].peak_bytes - each[start].peak_bytes for each in rounds)
+    return lower_quartile(
+        Figure(above / answer, f"{above / MIB:.1f} : {answer / MIB:.1f} MiB") for above in peaks
+    )
 
 
 def many_runs(bench: Bench) -> Passes:
@@ -401,9 +437,9 @@ def many_runs(bench: Bench) -> Passes:
     small = [cases[form][n] for form in FORMATS for n in (0, few)] * OFTEN
     large = [cases[form][many] for form in FORMATS]
     while True:
-        usages = bench.in_turn([*small, *others.values(), *large], bench.sizes.few)
-        ratios = [cpu_ratio(usages, cases[n][many], others[scripts[n]]) for n in FORMATS]
-        yield [*ratios, *(linearity(usages, cases[form], few, many) for form in FORMATS)]
+        rounds = bench.in_turn([*small, *others.values(), *large], bench.sizes.few)
+        ratios = [cpu_ratio(rounds, cases[n][many], others[scripts[n]]) for n in FORMATS]
+        yield [*ratios, *(linearity(rounds, cases[form], few, many) for form in FORMATS)]
 
 
 # What measures a row, its text and its bound. Linear is 1.5, for a large document meets colder
@@ -437,7 +473,7 @@ def table(bench: Bench, only: str) -> int:
     sizes, missed = bench.sizes, 0
     ends = dict(zip(("mib", "MIB", "runs", "RUNS"), (*sizes.linear_mib, *sizes.linear_runs)))
     layout = "{:60}  {:>5}  {:>5}  {:8}  {}"
-    print(layout.format("what", "is", "bound", "verdict", "the minima"))
+    print(layout.format("what", "is", "bound", "verdict", "of the round"))
     for measure, group in itertools.groupby(ROWS, key=lambda row: row[0]):
         rows = [(text.format(answer=sizes.answer_mib, **ends), bound) for _, text, bound in group]
         wanted = [number for number, (what, _) in enumerate(rows) if only in what]
@@ -449,14 +485,14 @@ def table(bench: Bench, only: str) -> int:
                 break
         for number in wanted:
             (what, bound), (figure, of) = rows[number], figures[number]
-            shown = "-" if figure is None else f"{figure:.2f}"
+            shown = "-" if math.isnan(figure) else f"{figure:.2f}"
             missed += verdicts[number] == "MISSED"
             print(layout.format(what, shown, f"{bound:.2f}", verdicts[number], of), flush=True)
     return missed
 
 
 def verdict(figure: Figure, bound: float) -> str:
-    if figure.number is None:
+    if math.isnan(figure.number):
         return "left out"
     return "ok" if figure.number <= bound else "MISSED"
 

@@ -140,6 +140,17 @@ HOSTS = [
         "ApiError TransportError",
     ),
     Host(
+        "destructor-with-a-proxy",
+        """
+        class Owner:
+            def __init__(self, client): self.client, self.failure = client, failure
+            def __del__(self, say=say): say(self.failure(self.client.delete, "run-1"))
+        os.environ["HTTP_PROXY"] = "http://127.0.0.1:1"
+        owner = Owner(Client("http://a.test", "t"))
+        """,
+        "TransportError",
+    ),
+    Host(
         "subinterpreter",
         f"""
         try:

@@ -214,15 +214,8 @@ def test_ctrl_c_typed_twice_at_the_terminal(program: Program) -> None:
 
 # --- two signals ------------------------------------------------------------------------------
 
-PLACES = {
-    "answer": (signal.SIGINT, signal.SIGINT),
-    "connecting": (signal.SIGINT, signal.SIGTERM),
-    "pause": (signal.SIGTERM, signal.SIGINT),
-    "half-an-answer": (signal.SIGTERM, signal.SIGTERM),
-}
 
-
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["answer", "connecting", "pause", "half-an-answer"])
 def test_two_signals_at_once(place: str, program: Program) -> None:
     """Promises 6.2 and 6.3: what is reported is the final state, with its advice."""
     options = ("--error-format", "json", "--timeout", "60s")
@@ -240,10 +233,11 @@ def test_two_signals_at_once(place: str, program: Program) -> None:
                     assert process.poll() is None
             else:
                 assert server.reached.wait(LIMIT)
-            result = stopped(process, *PLACES[place])
+            # Both are there when it goes on: a busy machine may take long between two kills.
+            result = stopped(process, signal.SIGSTOP, *SIGNALS, signal.SIGCONT)
     [error] = [one for one in result.objects if one["kind"] == "interrupted"]
     sent = place not in urls
-    assert -result.code in PLACES[place]
+    assert -result.code in [*SIGNALS]
     assert error["text"].startswith(SAYS[signal.Signals(-result.code)])
     assert error["run_state"] == ("unknown" if sent else "not_sent")
     assert (ADVICE in error["text"]) == sent
