@@ -102,6 +102,7 @@ _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
 _MAX_JSON_DIGITS = 4300  # Python's own limit since 3.9.14; older ones have none
 _MAX_QUOTED = 4000  # characters of a server's text in one message
 _MAX_CELL = 40  # a longer cell does not widen its column
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
 
 
@@ -351,7 +352,9 @@ class Client:
         except ApiError as error:
             if error.status not in (404, 405):
                 raise
+            deadline = exchange.deadline
             exchange = _Exchange(self, "GET", "/status")
+            exchange.deadline = deadline  # it is one call
             document = exchange.fetch()
             # The published provider has no list of runs, but shows them among its runners. A run
             # has a `run_id` or an owner. Where no item has either, nothing tells a run from a
@@ -747,7 +750,6 @@ def parse_duration(text: str) -> float:
     import re
     if not isinstance(text, str):
         raise ConfigError(f"{text!r} is not text")
-    is_negative = text.startswith("-")
     digits = text
     if text.startswith(("-", "+")):
         digits = text[1:]
@@ -772,13 +774,10 @@ def parse_duration(text: str) -> float:
             significant = significant[:18]
         scale = _UNIT_NANOSECONDS[unit] / 10 ** (zeros + len(significant))
         nanoseconds += int(int(significant or "0") * scale)
-    most = 2**63 - 1  # of an int64, which a Go duration is
-    if is_negative:
-        most = 2**63
-    if nanoseconds > most:
-        raise _UsageError(f"{_shown(text)!r} is longer than the 292 years of a duration")
-    if is_negative:
+    if text.startswith("-"):
         nanoseconds = -nanoseconds
+    if not -(2**63) <= nanoseconds < 2**63:  # an int64, which a Go duration is
+        raise _UsageError(f"{_shown(text)!r} is longer than the 292 years of a duration")
     return nanoseconds / 10**9
 
 
@@ -815,9 +814,7 @@ def _token_claims(token: str) -> Document | None:
         claims = json.loads(base64.urlsafe_b64decode(payload))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(claims, dict):
-        return None
-    return claims
+    return claims if isinstance(claims, dict) else None
 
 
 def _claimed_time(claims: Document, name: str) -> float:
@@ -1281,9 +1278,8 @@ class _Attempt(io.RawIOBase):
             # http.client counts the length down. Without one the connection's end is the body's
             # end, but where there is no body either, it may be the headers that were cut.
             has_end = response.length is not None or response.chunked
-            is_cut = bool(response.length)
             is_bare = not has_end and not body
-            if is_cut or is_bare:
+            if response.length or is_bare:
                 raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
@@ -1588,9 +1584,7 @@ def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
     return ""
 
 
-def _error_of_connecting(
-    exchange: _Exchange, failure: OSError, reason: str
-) -> BusContainersError:
+def _error_of_connecting(exchange: _Exchange, failure: OSError, reason: str) -> BusContainersError:
     import socket
     peer = "the API"
     advice = f"check `api_url`; `{_PROGRAM} status --wait 60s` waits for a platform"
@@ -2210,13 +2204,15 @@ def _check_combination(args: argparse.Namespace) -> None:
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
 
-# A host program may have replaced a standard stream by any object.
+# A host program may have replaced a standard stream by any object. One that compresses, say, has a
+# descriptor, too, but only a plain file may be written to by it.
 def _descriptor(stream: Any) -> int | None:
-    if not isinstance(stream, io.TextIOWrapper):
+    if type(stream) is not io.TextIOWrapper:
         return None
     try:
-        return stream.fileno()
-    except (OSError, ValueError):  # it is in memory, or closed
+        file = getattr(stream.buffer, "raw", stream.buffer)
+        return stream.fileno() if isinstance(file, io.FileIO) else None
+    except (OSError, ValueError):  # it is closed
         return None
 
 
@@ -2503,7 +2499,7 @@ class _Result:
         except FileNotFoundError:
             temporary = _name_beside(path)
             try:
-                os.close(_create(temporary))
+                os.close(os.open(temporary, _NEW_FILE, 0o666))
             finally:
                 _remove(temporary)
             return
@@ -2556,11 +2552,6 @@ def _name_beside(path: str) -> str:
     return os.path.join(os.path.dirname(path), f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
 
 
-def _create(path: str) -> int:
-    """Create a file, with the mode that the umask gives a new one, and return its descriptor."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-
-
 def _remove(path: str) -> None:
     try:
         os.unlink(path)
@@ -2568,25 +2559,38 @@ def _remove(path: str) -> None:
         pass  # it never was there, or has its final name by now
 
 
+def _is_shared(path: str, status: os.stat_result) -> bool:
+    """Return whether a rename would leave a file's old content for others who have the file."""
+    # It has other names, or it is what the shell has redirected a stream to.
+    if status.st_nlink != 1 or os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        return True
+    for descriptor in (1, 2):
+        try:
+            if os.path.samestat(status, os.fstat(descriptor)):
+                return True
+        except OSError:
+            pass  # it is closed
+    return False
+
+
 def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
+    import errno
     try:
         old = os.stat(path)
     except FileNotFoundError:
         old = None
-    # A rename would leave the old content under the other names of a hard link, and for whoever has
-    # the file open, as the shell has where the path is /dev/stdout.
-    is_special = os.path.abspath(path).startswith(("/dev/", "/proc/"))
-    if old is not None:
-        is_plain = stat.S_ISREG(old.st_mode) and old.st_nlink == 1
-        if is_special or not is_plain:
-            return False
+    if old is not None and (not stat.S_ISREG(old.st_mode) or _is_shared(path, old)):
+        return False
     # A signal may come at any moment, so the name is known before there is a file of it.
     temporary = _name_beside(path)
     try:
         try:
-            descriptor = _create(temporary)
-        except OSError:
+            descriptor = os.open(temporary, _NEW_FILE, 0o666)  # less what the umask takes
+        except OSError as error:
+            # Where there is no room for a new file, there may be none to overwrite the old one.
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             return False
         with open(descriptor, "wb", buffering=0):  # which closes it
             # Root, or another member of a group, would take the file from its owner.
@@ -2931,8 +2935,7 @@ def console() -> NoReturn:
     process = _Process()
     sys.unraisablehook = process.report_unraisable
     code: int | None = None
-    # An interrupt that comes between the end of _main and the end of the process is caught here,
-    # and then only the end is left to do.
+    # After an interrupt between the end of _main and of the process, only the end is left to do.
     while True:
         try:
             if code is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import importlib.util
 import inspect
@@ -451,6 +452,13 @@ def test_a_stream_in_memory_with_bytes_below(cli: InProcess, api: Api) -> None:
     out.flush()
     buffer: Any = out.buffer
     assert buffer.getvalue() == PRINTED
+
+
+def test_a_stream_that_compresses(cli: InProcess, api: Api, folder: Path) -> None:
+    """It has a descriptor, but of what is compressed."""
+    with gzip.open(folder / "out.gz", "wt", encoding="utf-8") as out:
+        assert cli(*RUN, at=api, stdout=out).code == 0
+    assert gzip.decompress((folder / "out.gz").read_bytes()) == PRINTED
 
 
 @pytest.mark.parametrize("stream", [None, "/dev/full"], ids=["closed", "full"])

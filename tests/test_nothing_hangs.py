@@ -540,6 +540,18 @@ def test_wait_keeps_a_short_retry_after(
     assert len(server.requests) <= 2
 
 
+@second_tier
+def test_runs_and_the_status_in_its_place_have_one_limit(cli: InProcess, serve: Serve) -> None:
+    def late(connection: Connection) -> None:
+        connection.read_request()
+        time.sleep(6)
+        connection.send(message(b"{}", "404 Not Found"))
+
+    result = cli("--timeout", "7s", "runs", at=serve(late, silent()))
+    check_failure(result, 1, "no whole answer within 7 s")
+    assert result.seconds < 12
+
+
 @pytest.mark.parametrize("value", ["11", "soon", "-5", "9" * 400])
 def test_wait_does_not_keep_a_long_retry_after(value: str, cli: InProcess, serve: Serve) -> None:
     server = serve(

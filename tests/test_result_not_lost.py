@@ -518,6 +518,12 @@ def test_a_redirected_descriptor_by_a_path(
     assert wrapped(program, script)("-o", path, *RUN, at=api)[:3] == (0, b"", b"")
     expected = PRINTED + b"more" if ">>" in redirection else b"more" + PRINTED[4:]
     assert tree(folder) == {"out": expected}
+    if number == 1:
+        (folder / "link").symlink_to(path)
+        for path in ("link", "//dev/stdout", "out"):
+            (folder / "out").write_bytes(OLD)
+            assert wrapped(program, script)("-o", path, *RUN, at=api)[:3] == (0, b"", b"")
+            assert (folder / "out").read_bytes() == expected
 
 
 @pytest.mark.parametrize("denied", [False, True], ids=["result", "failure"])
@@ -585,11 +591,16 @@ def test_a_full_device(name: str, cli: InProcess, api: Api) -> None:
     assert len(api.requests) == 2
 
 
-@pytest.mark.parametrize("old", tiers(["", "old"], "old", ids=old_or_new))
-def test_a_file_system_that_fills_up(old: str, program: Program, api: Api, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "limit"), [("", "size=64k"), ("old", "size=64k"), ("old", "size=512k,nr_inodes=2")]
+)
+def test_a_file_system_that_fills_up(
+    old: str, limit: str, program: Program, api: Api, folder: Path
+) -> None:
+    """Of inodes, the folder has one and the file another."""
     skip_if(why_no_namespace())
     script = (
-        f'mount -t tmpfs -o size=64k none "$PWD" && cd "$PWD" && {"printf old > out; " * bool(old)}'
+        f'mount -t tmpfs -o {limit} none "$PWD" && cd "$PWD" && {"printf old > out; " * bool(old)}'
         '"$@"; echo $? >&2; for file in *; do [ ! -e "$file" ] || cat "$file" >&2; done'
     )
     command = [*namespace_command(), "sh", "-c", script, "sh", *program.command]
