@@ -444,8 +444,7 @@ def _run_request(
     request: Document = {**target, key: list(command)}
     if timeout_seconds is not None:
         if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
-            text = f"`timeout_seconds` {timeout_seconds!r} is not {_WHOLE_NUMBER}"
-            raise ConfigError(text)
+            raise ConfigError(f"`timeout_seconds` {timeout_seconds!r} is not {_WHOLE_NUMBER}")
         request["timeout_seconds"] = timeout_seconds
     return request
 
@@ -1552,8 +1551,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
         failure = failure.reason  # urllib wraps what fails while it sends
     reason = exchange.show(_reason_of(failure))
     if isinstance(failure, MemoryError):
-        text = "the answer is too large for this machine's memory"
-        return exchange.error(ProtocolError, text)
+        return exchange.error(ProtocolError, "the answer is too large for this machine's memory")
     if exchange.url.scheme == "https":
         error = _error_of_tls(attempt, failure, reason)
         if error is not None:
@@ -2348,6 +2346,8 @@ class _Reporter(_Observer):
 
     def error(self, error: BusContainersError, command: str | None) -> None:
         """Print an error, with the names of options in place of the library's parameters."""
+        if self.process is not None:
+            self.process.is_writing = True  # so that no signal takes the message away
         self.has_failed = True
         if isinstance(error, _UsageError):
             topic = f"{command} " if command in _COMMANDS else ""

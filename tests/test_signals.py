@@ -32,6 +32,7 @@ from hostile import (
     message,
     refused_port,
     silent,
+    steps,
     then_hold,
 )
 from support import (
@@ -405,6 +406,29 @@ signal.signal(signal.SIGUSR1, drop)
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+# The signal comes while an error is put into words.
+AMID_AN_ERROR = """
+import os, runpy, signal, sys
+def hit(frame, event, argument):
+    if frame.f_code.co_name == "as_document":
+        sys.setprofile(None)
+        signal.raise_signal(signal.SIGTERM)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+sys.setprofile(hit)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_signal_amid_an_error_takes_no_message_away(program: Program) -> None:
+    """Promise 6.10."""
+    amid = Program([sys.executable, "-c", AMID_AN_ERROR, program.command[-1]], program.home)
+    with Hostile(steps(Connection.read_request)) as server:
+        result = amid(*RUN, at=server)
+    check_failure(result, -signal.SIGTERM, "the connection was lost")
+    assert result.spoken.advises
 
 
 @pytest.mark.parametrize(

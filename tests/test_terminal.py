@@ -114,6 +114,7 @@ def in_progress(
                 yield terminal, process, release
             finally:
                 process.kill()  # or a failure would wait for its end
+                release.set()
 
 
 def watched(program: Program, *args: str, **options: Any) -> Screen:
