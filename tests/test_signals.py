@@ -264,9 +264,11 @@ def attempt(number, step=0):
     steps = 0
     def hit(*_):
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        for each in signals:
-            os.kill(os.getpid(), each)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        try:  # a thread that looks up a name may get the first before the second is sent
+            for each in signals:
+                os.kill(os.getpid(), each)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     held = [Thing()]
     reference = weakref.ref(held[0], hit)
     def count(frame, event, argument):
