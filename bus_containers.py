@@ -97,7 +97,7 @@ _WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wa
 _STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten minutes
 _PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
 
-_MAX_BODY_BYTES = 1 << 30  # more than a container may print
+_MAX_ANSWER_BYTES = 1 << 30  # more than a container may print
 _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
 _MAX_JSON_DIGITS = 4300  # Python's own limit since 3.9.14; older ones have none
 _MAX_QUOTED = 4000  # characters of a server's text in one message
@@ -405,9 +405,7 @@ def _load_modules(api_url: str) -> dict[str, Any]:
     A missing `_ssl`, or no free descriptor to read a module, has to show before anything is sent.
     """
     try:
-        for name in (
-            "http.client", "ipaddress", "json", "re", "selectors", "threading", "urllib.request",
-        ):
+        for name in ("ipaddress", "json", "re", "selectors", "threading", "urllib.request"):
             __import__(name)
         if api_url.lower().startswith("https:"):
             __import__("ssl")
@@ -1036,7 +1034,7 @@ class _Attempt(io.RawIOBase):
     def __init__(self, exchange: _Exchange) -> None:
         self.exchange = exchange
         self.sock: Any = None
-        self.has_answer = False  # whether a byte of an answer has arrived
+        self.received_bytes = 0  # of an answer
         self.tls_version = ""
         self.enter_state("not_sent")
 
@@ -1169,7 +1167,7 @@ class _Attempt(io.RawIOBase):
             advice = _proxy_login_advice(exchange, status)
             retryable = _is_retryable(status)
             raise exchange.error(TransportError, exchange.show(text), advice, retryable=retryable)
-        self.has_answer = False  # that was the proxy's
+        self.received_bytes = 0  # those were the proxy's
 
     # ssl.create_default_context is strict about X.509 from Python 3.13 on, and it fails where
     # SSLKEYLOGFILE cannot be opened. Here the rules are the same on every Python.
@@ -1271,9 +1269,6 @@ class _Attempt(io.RawIOBase):
             self._check_framing(response.headers)
             while piece := response.read(_IO_BYTES):
                 body += piece
-                if len(body) > _MAX_BODY_BYTES:
-                    body.clear()
-                    raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
             # http.client counts the length down. Without one the connection's end is the body's
             # end, but where there is no body either, it may be the headers that were cut.
             has_end = response.length is not None or response.chunked
@@ -1283,6 +1278,8 @@ class _Attempt(io.RawIOBase):
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
                 raise  # an error's status says enough, and whether there is a run
+            if self.received_bytes > _MAX_ANSWER_BYTES:
+                body.clear()
         except ValueError:  # a chunk whose length is negative, which http.client takes for one
             if response.status < 300:
                 raise http.client.IncompleteRead(b"") from None
@@ -1332,7 +1329,10 @@ class _Attempt(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count: int = self._wait_for(self.sock.recv_into, buffer)
-        self.has_answer = self.has_answer or count > 0
+        # Counted here, as http.client reads a chunk of length -1 to its end in one piece.
+        self.received_bytes += count
+        if self.received_bytes > _MAX_ANSWER_BYTES:
+            raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
         return count
 
     def close(self) -> None:
@@ -1577,7 +1577,7 @@ def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
     exchange = attempt.exchange
     is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
     # Where a part of an answer came before the connection was lost, the port speaks plain HTTP.
-    if is_plain and not (is_lost and attempt.has_answer):
+    if is_plain and not (is_lost and attempt.received_bytes):
         return "is this port for https?"
     return ""
 
@@ -1624,8 +1624,8 @@ def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
     session = attempt.sock.session
     has_ticket = session is not None and session.has_ticket
     is_refusal = failure.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
-    is_possible = attempt.tls_version == "TLSv1.3" and not attempt.has_answer and not has_ticket
-    return is_refusal and is_possible
+    is_possible = attempt.tls_version == "TLSv1.3" and not attempt.received_bytes
+    return is_refusal and is_possible and not has_ticket
 
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:

@@ -30,11 +30,13 @@ from hostile import (
     message,
     raw,
     reset,
+    then_hold,
 )
 from support import (
     BODIES,
     CANARY,
     DOCUMENTS,
+    LIMIT,
     InProcess,
     Program,
     as_json,
@@ -154,6 +156,25 @@ def check_broken(case: Broken) -> None:
 def test_a_broken_answer() -> None:
     """To a run, which is never sent again, and to a status."""
     check_each(check_broken, BROKEN, workers=20)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (raw(message(b"x" * 300_000)), "the answer is larger than 1 GiB"),
+        (raw(message(b"x" * 300_000, "402 Pay")), "HTTP 402 Pay"),
+        (then_hold(CHUNKED + b"-1\r\n" + b"x" * 300_000), "runs"),  # Python 3.9 refuses the length
+    ],
+    ids=["length", "402", "chunk of -1"],
+)
+def test_an_answer_that_is_too_large(
+    script: Script, told: str, cli: InProcess, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus_containers, "_MAX_ANSWER_BYTES", 100_000)
+    result = cli("run", "true", at=serve(script))
+    check_failure(result, 125, told)
+    assert result.spoken.advises == ("402" not in told)
+    assert result.seconds < LIMIT
 
 
 # The body of an error, and a part of what is said of it.
