@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     if config.getoption("--all"):
         return "both tiers of tests, which takes some minutes"
-    return "first tier of tests, about a minute; `pytest --all` runs the second tier, too"
+    return "first tier of tests, a minute or two; `pytest --all` runs the second tier, too"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
