@@ -161,16 +161,16 @@ def test_a_broken_answer() -> None:
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        (raw(message(b"x" * 300_000)), "the answer is larger than 1 GiB"),
-        (raw(message(b"x" * 300_000, "402 Pay")), "HTTP 402 Pay"),
-        (then_hold(CHUNKED + b"-1\r\n" + b"x" * 300_000), "runs"),  # Python 3.9 refuses the length
+        (raw(message(b"x" * 3_000_000)), "the answer is larger than 1 GiB"),
+        (raw(message(b"x" * 3_000_000, "402 Pay")), "HTTP 402 Pay"),
+        (then_hold(CHUNKED + b"-1\r\n" + b"x" * 3_000_000), "runs"),  # Python 3.9 refuses the length
     ],
     ids=["length", "402", "chunk of -1"],
 )
 def test_an_answer_that_is_too_large(
     script: Script, told: str, cli: InProcess, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bus_containers, "_MAX_ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(bus_containers, "_MAX_ANSWER_BYTES", 1_000_000)
     result = cli("run", "true", at=serve(script))
     check_failure(result, 125, told)
     assert result.spoken.advises == ("402" not in told)
