@@ -94,12 +94,14 @@ _GATEWAY_STATUSES = (502, 503, 504)  # what a gateway says where its backend is 
 # The longest wait between two looks at the deadline, at signals and at the line of progress.
 _TICK_SECONDS = 0.2
 _WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wait`
+_MAX_RETRY_AFTER_SECONDS = 10  # the longest one that it keeps, as more would use up most waits
 _STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten minutes
 _PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
 
-_MAX_ANSWER_BYTES = 1 << 30  # more than a container may print
+_MAX_ANSWER_BYTES = 1 << 30  # a server must not fill the memory
 _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
 _MAX_JSON_DIGITS = 4300  # Python's own limit since 3.9.14; older ones have none
+_TOO_MANY_DIGITS = "it has a number of more than 4,300 digits"
 _MAX_QUOTED = 4000  # characters of a server's text in one message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -140,7 +142,10 @@ def _rounded(seconds: float) -> str:
 
 
 class BusContainersError(Exception):
-    """Base of every error that is raised on purpose. Its text is `reason`, then `advice`."""
+    """Base of every error that is raised on purpose. Its text is `reason`, then `advice`.
+
+    A name in backquotes is a parameter, which the command line prints as its option.
+    """
 
     kind = "error"
     """The error's name in `--error-format json`."""
@@ -189,7 +194,7 @@ class _UsageError(ConfigError):
 
 
 class _MissingTokenError(ConfigError):
-    """There is no token. `status --wait` waits for one, as it may still be written."""
+    """A file holds no token yet. `status --wait` waits for it, as it may still be written."""
 
 
 class TransportError(BusContainersError):
@@ -269,6 +274,38 @@ def _reason_of(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
+def _error_object(document: Any) -> Any:
+    """Return the object in which a document tells of an error."""
+    if not isinstance(document, dict):
+        return None
+    error = document.get("error") or document
+    if isinstance(error, str):
+        error = {"message": error}
+    return error
+
+
+def _field(fields: Any, name: str, kind: Any) -> Any:
+    """Return a field of an object, or None where it is missing or of another type."""
+    value = fields.get(name) if isinstance(fields, dict) else None
+    if isinstance(value, bool) or not isinstance(value, kind):  # a bool is an int, too
+        return None
+    return value
+
+
+def _text(fields: Any, name: str) -> str | None:
+    """Return a text of an object, or None where it is missing, blank or of another type."""
+    value: str | None = _field(fields, name, str)
+    if value is None or not value.strip():
+        return None
+    return value
+
+
+def _is_retryable(status: int) -> bool:
+    """Return whether the same request may succeed later; after a 501 or 505 it will not."""
+    is_server_fault = 500 <= status < 600 and status not in (501, 505)
+    return is_server_fault or status in (408, 425, 429)
+
+
 # ---- Client ---------------------------------------------------------------------------------
 
 
@@ -299,7 +336,7 @@ class Client:
 
         `environ` is the process's environment unless given. Raises ConfigError.
         """
-        _load_modules("")  # what resolve_* import is not there in a broken Python
+        _load_modules("")  # so that a module that is missing is an internal error here, too
         # help() and pydoc would print os.environ, token included, if it were a default value.
         variables = os.environ if environ is None else environ
         api_url, _ = resolve_api_url(None, variables)
@@ -324,7 +361,8 @@ class Client:
 
         Without `profile` and `image` the profile is `codex`. `timeout_seconds` limits the run,
         `timeout` the exchange: by default 30 s more than the run's limit, or 30 minutes. The
-        `run_state` of an error or a KeyboardInterrupt tells whether the run may be going on.
+        `run_state` of an error, or of a KeyboardInterrupt once the request has begun, tells whether
+        the run may be going on.
         """
         request = _run_request(command, profile, image, timeout_seconds)
         if timeout is None:
@@ -360,13 +398,15 @@ class Client:
             # has a `run_id` or an owner. Where no item has either, nothing tells a run from a
             # runner, so all of them are shown.
             items = _items("status", document)
-            runs = [item for item in items if "run_id" in item or _cell(item, "owner")]
+            marks = ("run_id", "owner_identity_id", "owner_account_id")
+            runs = [item for item in items if any(item.get(mark) for mark in marks)]
             if runs:
                 document["items"] = runs
         if isinstance(document, list):
             document = {"items": document}
         if "items" not in document and "runs" in document:  # as other providers name the list
-            document = {"items": document.pop("runs"), **document}
+            items = document.pop("runs")
+            document = {"items": items, **document}
         # Go writes an empty list as null.
         if "items" in document and document["items"] is None:
             document["items"] = []
@@ -382,7 +422,9 @@ class Client:
         try:
             document: Document = exchange.fetch()
         except ApiError as error:
-            if error.status != 404 or not exchange.was_lost:
+            # A 404 of another type, or a page of HTML, is not about the run.
+            is_of_run = error.document is not None and error.type in (None, "not_found")
+            if error.status != 404 or not is_of_run or not exchange.was_lost:
                 raise
             self._observer.warn(
                 f"run {run_id}: the connection of a first request was lost, and now there is no "
@@ -519,7 +561,7 @@ def _checked_api_url(url: str, source: str) -> str:
         hint = f": give the API's origin, without {_API_PATH}"
     if hint or not _is_base_url(url):
         form = "http[s]://HOST[:PORT][/PREFIX], in ASCII, without user, query or fragment"
-        raise _UsageError(f"{source}: {shown!r} is not {form}{hint}")
+        raise ConfigError(f"{source}: {shown!r} is not {form}{hint}")
     scheme, _, rest = url.partition("://")
     return f"{scheme.lower()}://{rest.rstrip('/')}"
 
@@ -550,23 +592,24 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
     `$XDG_CONFIG_HOME/bus`, `~/.config/bus`). Raises ConfigError, which never holds any of it.
     """
     if path is not None:
+        # First of all, as every error of the file would name the path, which is the token.
+        if _looks_like_token(path):
+            text = "no token: the value of `path` looks like a token, not a path"
+            raise _MissingTokenError(text, _TOKEN_ADVICE)
         return _read_token(path)
     for name in _TOKEN_VARIABLES:
         if environ.get(name):
             return _checked_token(environ[name], name), name
-    tried = ", ".join(("--token-file", *_TOKEN_VARIABLES))
+    tried = ", ".join(("`path`", *_TOKEN_VARIABLES))
     for name, directory in _CONFIG_DIRECTORIES.items():
         if environ.get(name):
             path = os.path.join(environ[name], directory, "auth", "api-token")
             return _read_token(path, f"looked at {tried}, {path}")
-    raise _MissingTokenError(f"no token: looked at {tried}; HOME is not set", _TOKEN_ADVICE)
+    raise ConfigError(f"no token: looked at {tried}; HOME is not set", _TOKEN_ADVICE)
 
 
 def _read_token(path: str, missing: str = "") -> tuple[str, str]:
     """Return the token in a file, and its name. If there is no file, the error says `missing`."""
-    # First of all, as every error of the file would name the path, which is the token.
-    if not missing and _looks_like_token(path):
-        raise ConfigError("--token-file: its value looks like a token, not a path")
     name = path or "a file without a name"
     source: str | int = path
     if path == "-":
@@ -581,6 +624,8 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
         raise ConfigError(f"cannot read a token from {name}: {_reason_of(error)}") from None
     if len(data) > 65536:
         raise ConfigError(f"the token in {name} is larger than 64 KiB")
+    if path != "-" and not data.strip():
+        raise _MissingTokenError(f"no token: {name} is empty", _TOKEN_ADVICE)
     # latin-1 decodes anything: what is wrong with the bytes is found by the check.
     return _checked_token(data.decode("latin-1"), name), name
 
@@ -603,10 +648,7 @@ def _checked_token(text: str, source: str) -> str:
         raise ConfigError(f"{source} is not text")
     token = text.strip(" \t\r\n\v\f")
     if not token:
-        kind: type[ConfigError] = _MissingTokenError
-        if source == "standard input":  # there is nothing to wait for
-            kind = ConfigError
-        raise kind(f"no token: {source} is empty", _TOKEN_ADVICE)
+        raise ConfigError(f"no token: {source} is empty", _TOKEN_ADVICE)
     if re.fullmatch("[!-~]+", token):
         return token
     problem = "holds a character that is not visible ASCII"
@@ -665,7 +707,8 @@ def _checked_proxy(proxy: str, source: str) -> str:
         hint = ": percent-encode / ? # [ ] as %2F %3F %23 %5B %5D in USER and PASSWORD"
     elif is_usable and _is_base_url(f"http://{address}"):
         return f"http://{login}{at}{address}"
-    raise _UsageError(f"{source}: {_redacted_url(proxy)!r} is not {_PROXY_URL}{hint}")
+    # A password may stand anywhere in what is not such a URL, so none of it is shown.
+    raise ConfigError(f"{source}: its value is not {_PROXY_URL}{hint}")
 
 
 def _is_listed(url: str, entries: str) -> bool:
@@ -756,25 +799,19 @@ def parse_duration(text: str) -> float:
         hint = "is not a duration: try `30s` or `1h30m`"
         if re.fullmatch(f"({_DURATION_PART})+", f"{digits}s"):
             hint = f"has no unit: try `{text}s`"
-        raise _UsageError(f"{_shown(text)!r} {hint}")
+        raise ConfigError(f"{_shown(text)!r} {hint}")
     nanoseconds = 0
     for number, unit in re.findall(_DURATION_PART, digits):
         whole, _, fraction = number.partition(".")
-        # The longest duration has 19 digits. Python may refuse an int of thousands.
-        whole = whole.lstrip("0")[:20]
+        # The longest duration has 19 digits, and Python may refuse an int of thousands.
+        whole, fraction = whole.lstrip("0")[:20], fraction[:19]
         nanoseconds += int(whole or "0") * _UNIT_NANOSECONDS[unit]
-        # Go reads as many digits of a fraction as fit its int64, computes with a float, and cuts
-        # off what is left of a nanosecond.
-        zeros = len(fraction) - len(fraction.lstrip("0"))
-        significant = fraction[zeros : zeros + 19]
-        if int(significant or "0") > 2**63:
-            significant = significant[:18]
-        scale = _UNIT_NANOSECONDS[unit] / 10 ** (zeros + len(significant))
-        nanoseconds += int(int(significant or "0") * scale)
+        scale = _UNIT_NANOSECONDS[unit] / 10 ** len(fraction)  # a float, as in Go
+        nanoseconds += int(int(fraction or "0") * scale)
     if text.startswith("-"):
         nanoseconds = -nanoseconds
     if not -(2**63) <= nanoseconds < 2**63:  # an int64, which a Go duration is
-        raise _UsageError(f"{_shown(text)!r} is longer than the 292 years of a duration")
+        raise ConfigError(f"{_shown(text)!r} is longer than the 292 years of a duration")
     return nanoseconds / 10**9
 
 
@@ -844,7 +881,7 @@ class _Observer:
         """Something is wrong that does not end the exchange."""
 
     def explain(self, text: str) -> None:
-        """A whole answer has arrived, or there will be another try."""
+        """Something has happened that `--verbose` prints, such as the end of an answer."""
 
     def show_headers(self, mark: str, lines: Iterable[str]) -> None:
         """The head of a request (`>`) or of an answer (`<`) has passed."""
@@ -881,7 +918,7 @@ class _Exchange:
         self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}{path}")
         self.where = f"{method} {self.url.geturl()}"
         self.timeout = client.timeout if timeout is None else timeout
-        # Twice that, as a run's default limit is its `timeout_seconds` and a margin.
+        # Up to twice _MAX_SECONDS: a run's default limit is its `timeout_seconds` and a margin.
         is_number = isinstance(self.timeout, (int, float))
         if not is_number or not 0 <= self.timeout < 2 * _MAX_SECONDS:
             raise ConfigError(f"`timeout` {self.timeout!r} is not a number of seconds >= 0")
@@ -897,8 +934,7 @@ class _Exchange:
             self.proxy_name = f"the proxy {_redacted_url(proxy)}"
             self.proxy_login = _basic_login(self.peer.netloc)
             password = self.peer.password or ""
-            login = self.proxy_login[len("Basic ") :]
-            self.secrets += [login, password, urllib.parse.unquote(password)]
+            self.secrets += [self.proxy_login, password, urllib.parse.unquote(password)]
         # For run_state, where an interrupt comes before the first try.
         self._attempt = _Attempt(self)
 
@@ -955,9 +991,10 @@ class _Exchange:
         raise self.error(DeadlineError, text, "`timeout` sets the limit", retryable=True)
 
     def error(
-        self, kind: type[BusContainersError], reason: str, advice: str = "", **options: bool
+        self, kind: type[BusContainersError], reason: str, advice: str = "", *,
+        retryable: bool = False,
     ) -> BusContainersError:
-        return kind(f"{self.where}: {reason}", advice, **options)
+        return kind(f"{self.where}: {reason}", advice, retryable=retryable)
 
     def show(self, text: str) -> str:
         """Return text from outside for a message, without a secret that was sent back in it."""
@@ -974,7 +1011,7 @@ def _pause(seconds: float, look: Callable[[], object]) -> None:
 
 
 def _basic_login(netloc: str) -> str:
-    """Return the Proxy-Authorization for the login in a netloc, percent-decoded to bytes."""
+    """Return the base64 of the login in a netloc, percent-decoded to bytes."""
     import base64
     import urllib.parse
     login, at, _ = netloc.rpartition("@")
@@ -982,25 +1019,30 @@ def _basic_login(netloc: str) -> str:
         return ""
     if ":" not in login:
         login += ":"
-    return f"Basic {base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()}"
+    return base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
 
 
 def _redacted(text: str, secrets: Iterable[str]) -> str:
-    """Return a text without secrets, in the forms that a server or JSON may give them.
-
-    It imports nothing: it has to work even where a json.py stands in the way of the real one.
-    """
+    """Return a text without secrets, in whatever form a URL, JSON or HTML gives them."""
     for secret in secrets:
         if len(secret) < 8:  # it would be found in ordinary words
             continue
-        escaped = secret.replace("\\", "\\\\").replace('"', '\\"')
-        quoted = ""
-        for character in secret:
-            is_plain = character.isalnum() or character in "-._~"
-            quoted += character if is_plain else f"%{ord(character):02X}"
-        for form in (secret, escaped, quoted):
-            text = text.replace(form, "[redacted]")
+        text = text.replace(secret, "[redacted]")
+        pattern = "".join(map(_any_form, secret))
+        if "(" in pattern:
+            try:
+                import re
+                text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
+            except Exception:  # noqa: BLE001, S110 - a re.py in the way hides no error
+                pass
     return text
+
+
+def _any_form(character: str) -> str:
+    if character.isalnum() or character in "-._~":  # nothing escapes these
+        return f"[{character}]"
+    code = ord(character)
+    return rf"(\\?\{character}|%{code:02x}|\\u{code:04x}|&#?\w+;)"
 
 
 def _redacted_document(value: Any, secrets: Sequence[str]) -> Any:
@@ -1051,11 +1093,15 @@ class _Attempt(io.RawIOBase):
                 return self._converse()
             except (OSError, http.client.HTTPException, MemoryError) as error:
                 failure = error
-            # Outside the handler, so that no foreign exception hangs behind the error.
+            # Outside the handler: `from None` would keep http.client's error as the context of
+            # ours, and its text may hold the token.
             raise _error_of_failure(self, failure)
         finally:
-            if self.sock is not None:
-                self.sock.close()
+            try:
+                if self.sock is not None:
+                    self.sock.close()
+            except OSError:
+                pass  # the answer is as good, or the failure as it was
 
     def _connect(self) -> None:
         import socket
@@ -1150,17 +1196,18 @@ class _Attempt(io.RawIOBase):
         """Have the proxy connect us to the API; from then on all bytes are the API's."""
         import http.client
         exchange = self.exchange
-        host = exchange.url.netloc
+        authority = exchange.url.netloc
         if not exchange.url.port:
-            host += ":443"
-        head = f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n"
+            authority += ":443"
+        head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
         if exchange.proxy_login:
-            head += f"Proxy-Authorization: {exchange.proxy_login}\r\n"
+            head += f"Proxy-Authorization: Basic {exchange.proxy_login}\r\n"
         self.sendall(f"{head}\r\n".encode())
         # Not http.client's own tunnel: it reads the proxy's answer with a limit for each byte, and
         # tells a refusal by a text only.
         response = http.client.HTTPResponse(self, method="CONNECT")  # type: ignore[arg-type]
         response.begin()
+        self._show_answer(response)
         status = response.status
         if not 200 <= status < 300:
             text = f"{exchange.proxy_name} refused with HTTP {status} {response.reason}".rstrip()
@@ -1215,7 +1262,7 @@ class _Attempt(io.RawIOBase):
             headers["Content-Type"] = "application/json"
         is_proxied = exchange.proxy_name and exchange.url.scheme == "http"
         if is_proxied and exchange.proxy_login:
-            headers["Proxy-Authorization"] = exchange.proxy_login
+            headers["Proxy-Authorization"] = f"Basic {exchange.proxy_login}"
         url = exchange.url.geturl()
         request = urllib.request.Request(url, exchange.body, headers, method=exchange.method)
         request.timeout = None  # an opener sets it; here the exchange's deadline is the limit
@@ -1250,16 +1297,19 @@ class _Attempt(io.RawIOBase):
                 # begin() returns at once while there are headers.
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
-            headers = response.getheaders()
-            lines = [f"{response.status} {response.reason}"]
-            lines += [f"{name}: {value}" for name, value in headers]
-            exchange.observer.show_headers("<", [exchange.show(line) for line in lines])
+            self._show_answer(response)
             if 300 <= response.status < 500:
                 self.enter_state("refused")
             body = self._read_body(response)
         took = f"{len(body):,} bytes, {time.monotonic() - start:.3f} s"
         exchange.observer.explain(f"{exchange.where}: {response.status}, {took}")
-        return _Answer(response.status, response.reason, headers, body)
+        return _Answer(response.status, response.reason, response.getheaders(), body)
+
+    def _show_answer(self, response: Any) -> None:
+        lines = [f"{response.status} {response.reason}"]
+        lines += [f"{name}: {value}" for name, value in response.getheaders()]
+        exchange = self.exchange
+        exchange.observer.show_headers("<", [exchange.show(line) for line in lines])
 
     # http.client reports neither a body that is cut nor a length that is not a number.
     def _read_body(self, response: Any) -> bytearray:
@@ -1278,9 +1328,7 @@ class _Attempt(io.RawIOBase):
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
                 raise  # an error's status says enough, and whether there is a run
-            if self.received_bytes > _MAX_ANSWER_BYTES:
-                body.clear()
-        except ValueError:  # a chunk whose length is negative, which http.client takes for one
+        except ValueError:  # http.client accepts a negative length of a chunk, read() does not
             if response.status < 300:
                 raise http.client.IncompleteRead(b"") from None
         return body
@@ -1306,10 +1354,8 @@ class _Attempt(io.RawIOBase):
                 if error.errno is not None:  # the kernel's ETIMEDOUT: the connection is lost
                     raise
 
-    # What http.client asks of a socket.
-
     def sendall(self, data: bytes) -> None:
-        # A head; the JSON of a body never ends so.
+        # http.client sends a head by itself, and the JSON of a body never ends so.
         if data.endswith(b"\r\n\r\n"):
             lines = data.decode("latin-1").splitlines()
             self.exchange.observer.show_headers(">", lines[:-1])
@@ -1329,7 +1375,7 @@ class _Attempt(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count: int = self._wait_for(self.sock.recv_into, buffer)
-        # Counted here, as http.client reads a chunk of length -1 to its end in one piece.
+        # Counted here, as http.client reads a chunk of length -1 to the connection's end.
         self.received_bytes += count
         if self.received_bytes > _MAX_ANSWER_BYTES:
             raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
@@ -1391,8 +1437,8 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
         reason = exchange.show(_reason_of(error))
-        if "integer string conversion" in reason:  # Python adds advice for programmers
-            reason = f"it has a number of more than {_MAX_JSON_DIGITS:,} digits"
+        if "integer string conversion" in reason:  # Python's words, with advice for programmers
+            reason = _TOO_MANY_DIGITS
         problem = f"the answer is not usable JSON: {reason}"
     if not text.strip():
         problem = "the answer is empty"
@@ -1415,16 +1461,16 @@ def _parse_json(text: str) -> Any:
 
     def parse_int(digits: str) -> int:
         if len(digits) > _MAX_JSON_DIGITS:
-            raise ValueError("integer string conversion")  # as Python says it
+            raise ValueError(_TOO_MANY_DIGITS)
         return int(digits)
 
-    # A Python with this limit enforces it, at a fraction of what a hook for each number costs. One
-    # without has no such function, and then int() gives 0.
     options: dict[str, Any] = {"parse_float": parse_float, "parse_constant": parse_float}
-    if getattr(sys, "get_int_max_str_digits", int)() != _MAX_JSON_DIGITS:
+    # A Python with this limit enforces it, at a fraction of what a hook for each number costs.
+    get_limit = getattr(sys, "get_int_max_str_digits", None)
+    if get_limit is None or get_limit() != _MAX_JSON_DIGITS:
         options["parse_int"] = parse_int
     document = json.loads(text, **options)
-    # Level by level, as Python limits recursion. A set, as isinstance takes three times as long.
+    # Level by level, as Python limits recursion. To look in a set takes a third of an isinstance.
     containers = {dict, list}
     level: list[Any] = [[document]]
     for _ in range(_MAX_JSON_DEPTH + 1):
@@ -1436,47 +1482,16 @@ def _parse_json(text: str) -> Any:
     raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} deep")
 
 
-def _error_object(document: Any) -> Any:
-    """Return the object in which a document tells of an error."""
-    if not isinstance(document, dict):
-        return None
-    error = document.get("error") or document
-    if isinstance(error, str):
-        error = {"message": error}
-    return error
-
-
-def _field(fields: Any, name: str, kind: Any) -> Any:
-    """Return a field of an object, or None where it is missing or of another type."""
-    value = fields.get(name) if isinstance(fields, dict) else None
-    if isinstance(value, bool) or not isinstance(value, kind):  # a bool is an int, too
-        return None
-    return value
-
-
-def _text(fields: Any, name: str) -> str | None:
-    """Return a text of an object, or None where it is missing, blank or of another type."""
-    value: str | None = _field(fields, name, str)
-    if value is None or not value.strip():
-        return None
-    return value
-
-
-def _is_retryable(status: int) -> bool:
-    """Return whether the same request may succeed later; after a 501 or 505 it will not."""
-    is_server_fault = 500 <= status < 600 and status not in (501, 505)
-    return is_server_fault or status in (408, 425, 429)
-
-
 def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> ApiError:
     """Return the error of an answer with an HTTP status other than 2xx."""
     document = _redacted_document(document, exchange.secrets)
-    error = ApiError("", answer.status, document)
-    said = exchange.show(error.type or answer.reason)
-    error.reason = f"{exchange.where}: HTTP {answer.status} {said}".rstrip()
-    if error.message:
-        error.reason += f": {exchange.show(error.message.strip())}"
-    error.args = (error.reason,)
+    fields = _error_object(document)
+    said = exchange.show(_text(fields, "type") or answer.reason)
+    reason = f"{exchange.where}: HTTP {answer.status} {said}".rstrip()
+    message = _text(fields, "message")
+    if message:
+        reason += f": {exchange.show(message.strip())}"
+    error = ApiError(reason, answer.status, document)
     retry_after = answer.headers.get("retry-after", "")
     if retry_after.isascii() and retry_after.isdigit():
         error.retry_after_seconds = int(retry_after[:9])
@@ -1559,7 +1574,11 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
         return _error_of_connecting(exchange, failure, reason)
     is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
-    advice = _https_hint(attempt, is_lost)
+    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
+    advice = ""
+    # Where a part of an answer came before the connection was lost, the port speaks plain HTTP.
+    if is_plain and not (is_lost and attempt.received_bytes):
+        advice = "is this port for https?"
     if is_lost:
         if not isinstance(failure, OSError):
             reason = "the answer was cut short"
@@ -1571,15 +1590,6 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if attempt.run_state == "not_sent":
         text = f"the answer of {exchange.proxy_name} is not valid HTTP: {reason}"
     return exchange.error(ProtocolError, text, advice)
-
-
-def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
-    exchange = attempt.exchange
-    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
-    # Where a part of an answer came before the connection was lost, the port speaks plain HTTP.
-    if is_plain and not (is_lost and attempt.received_bytes):
-        return "is this port for https?"
-    return ""
 
 
 def _error_of_connecting(exchange: _Exchange, failure: OSError, reason: str) -> BusContainersError:
@@ -1670,8 +1680,7 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
 # ---- Formats: a document in, pieces of text out ------------------------------------------------
 
 
-# The keys under which documents hold a column, where they are not its name. The first that has a
-# value counts.
+# The keys that may hold the value of a column, in this order, where its name is not the only one.
 _ALIASES = {
     "id": ("id", "provider"),
     "run_id": ("run_id", "id"),
@@ -2116,7 +2125,8 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
     """Return the parser of options that the scanner has spelled out."""
     import argparse
     import functools
-    # Python 3.14 asks a host program's standard output for its descriptor, to colour its help.
+    # add_argument makes a formatter, to check a name with. It would ask the terminal for its width
+    # and, in Python 3.14, a host program's standard output for colours.
     plain: dict[str, Any] = {}
     if sys.version_info >= (3, 14):
         plain = {"color": False}
@@ -2130,7 +2140,7 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
         # Only the defaults of choices are set here. The others (30s, 30m, codex) depend on other
         # options, and are applied where they are used.
         chosen = default if "|" in value_name and default else None
-        convert = functools.partial(_convert, name, value_name)
+        convert = functools.partial(_check_typed, _convert, value_name, what=f"{name}: ")
         parser.add_argument(name, type=convert, default=chosen)
     return parser
 
@@ -2145,19 +2155,21 @@ def _unknown_option(name: str) -> str:
     return f"no such option: {_shown(name)}"
 
 
-def _convert(name: str, value_name: str, text: str) -> Any:
+def _convert(value_name: str, text: str) -> Any:
     """Return what an option's value stands for, by the word for the value in the help."""
     if not text and value_name != "URL":  # what is wrong with a URL is said where it is resolved
-        raise _UsageError(f"{name}: the value is empty")
+        raise ConfigError("the value is empty")
     if "|" in value_name:
         if text not in value_name.split("|"):
-            wanted = value_name.replace("|", " or ")
-            raise _UsageError(f"{name}: {_shown(text)!r} is not {wanted}")
+            raise ConfigError(f"{_shown(text)!r} is not {value_name.replace('|', ' or ')}")
     elif value_name == "DURATION":
-        return _convert_duration(name, text)
+        seconds = parse_duration(text)
+        if seconds < 0:
+            raise ConfigError(f"{_shown(text)!r} is not a duration >= 0")
+        return seconds
     elif value_name == "N":
         if not (text.isascii() and text.isdigit() and len(text) <= 15):
-            raise _UsageError(f"{name}: {_shown(text)!r} is not {_WHOLE_NUMBER}")
+            raise ConfigError(f"{_shown(text)!r} is not {_WHOLE_NUMBER}")
         return int(text)
     elif value_name in ("DIR", "FILE", "PATH"):
         # As the system spells it. What is not UTF-8 has been refused by _main.
@@ -2165,45 +2177,36 @@ def _convert(name: str, value_name: str, text: str) -> Any:
     return text
 
 
-def _convert_duration(name: str, text: str) -> float:
-    try:
-        seconds = parse_duration(text)
-    except ConfigError as error:
-        raise _UsageError(f"{name}: {error}") from None
-    if seconds < 0:
-        raise _UsageError(f"{name}: {_shown(text)!r} is not a duration >= 0")
-    return seconds
-
-
 def _check_combination(args: argparse.Namespace) -> None:
     """Raise what is wrong with the words of a command line, and with its options together."""
     if args.quiet and (args.verbose or args.trace):
         raise _UsageError("--quiet and --verbose or --trace exclude each other")
     arguments = _COMMANDS[args.command].arguments
-    most = len(arguments)
-    for _, is_required, is_repeatable, _ in arguments:
-        if is_required and not args.words:
-            raise _UsageError(f"missing argument: {_usage(args.command)}")
-        if is_repeatable:
-            most = len(args.words)
-    if len(args.words) > most:
+    takes_any_number = any(is_repeatable for _, _, is_repeatable, _ in arguments)
+    if not args.words and any(is_required for _, is_required, _, _ in arguments):
+        raise _UsageError(f"missing argument: {_usage(args.command)}")
+    if len(args.words) > len(arguments) and not takes_any_number:
         raise _UsageError(f"{args.command} does not take the argument {_shown(args.words[-1])!r}")
+    if args.command == "run":
+        _check_typed(_run_request, args.words, args.profile, args.image, args.timeout_seconds)
+    if args.command == "delete":
+        for run_id in args.words:
+            _check_typed(_path_segment, run_id)
+
+
+def _check_typed(function: Callable[..., Any], *values: Any, what: str = "") -> Any:
+    """Call a function with what the user typed; in the library a value may come from anywhere."""
     try:
-        if args.command == "run":
-            _run_request(args.words, args.profile, args.image, args.timeout_seconds)
-        if args.command == "delete":
-            for run_id in args.words:
-                _path_segment(run_id)
+        return function(*values)
     except ConfigError as error:
-        # To the library a bad value may come from anywhere. Here the user has typed it.
-        raise _UsageError(error.reason, error.advice) from None
+        raise _UsageError(f"{what}{error.reason}", error.advice) from None
 
 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
 
-# A host program may have replaced a standard stream by any object. One that compresses, say, has a
-# descriptor, too, but only a plain file may be written to by it.
+# A host program may have replaced a standard stream by any object. A stream that compresses has a
+# descriptor, too, but only a plain file's may be written to.
 def _descriptor(stream: Any) -> int | None:
     if type(stream) is not io.TextIOWrapper:
         return None
@@ -2257,17 +2260,18 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
     if descriptor is not None:
         _write_all(descriptor, pieces)
         return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     for piece in pieces:
-        stream.write(piece.encode("utf-8", "backslashreplace").decode())
+        stream.write(piece.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 
 
 class _Reporter(_Observer):
     """All that goes to standard error, as text or JSON, and a line about what is in progress."""
 
-    def __init__(self, options: _Options, process: _Process | None) -> None:
-        # The options are looked at before they are checked: what is wrong with one of them has to
-        # be printed as the others say. The last one of a name counts.
+    def __init__(self, options: _Options, process: _Process) -> None:
+        # The options are looked at before they are checked: an error in one of them is printed in
+        # the format that the others ask for. The last one of a name counts.
         given = dict(options)
         self.is_quiet = "--quiet" in given
         self.is_json = given.get("--error-format") == "json"
@@ -2275,17 +2279,18 @@ class _Reporter(_Observer):
         self.is_verbose = self.is_tracing or "--verbose" in given
         try:
             # A dumb terminal can neither erase a line nor show a colour.
-            is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+            self.is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         except (AttributeError, ValueError):  # there is none, or it is closed
-            is_terminal = False
-        self.is_terminal = is_terminal
+            self.is_terminal = False
         colour = "never" if "--no-color" in given else given.get("--color", "auto")
-        is_wanted = is_terminal and not os.environ.get("NO_COLOR")
+        is_wanted = self.is_terminal and not os.environ.get("NO_COLOR")
         self.is_coloured = colour == "always" or (colour == "auto" and is_wanted)
         self.process = process
         self.url_source = "--api-url"
-        self.secrets: list[str] = []
+        # A token may stand in the wrong place of the command line.
+        self.secrets = [os.environ.get(name, "").strip() for name in _TOKEN_VARIABLES]
         self.run_state = "not_sent"
+        self.outcome = ""  # of a run that has ended, which whatever fails after it has to tell
         self.has_failed = False
         self.deleted: list[Document] = []  # what `delete` has done before it is interrupted
         self.patience_seconds = _PATIENCE_SECONDS
@@ -2293,8 +2298,7 @@ class _Reporter(_Observer):
         self.show_progress("")
 
     def tick(self) -> None:
-        if self.process is not None:
-            self.process.check_signals()
+        self.process.check_signals()
         seconds = int(time.monotonic() - self.progress_start)
         if not self.progress or seconds < self.next_seconds:
             return
@@ -2346,14 +2350,13 @@ class _Reporter(_Observer):
 
     def error(self, error: BusContainersError, command: str | None) -> None:
         """Print an error, with the names of options in place of the library's parameters."""
-        if self.process is not None:
-            self.process.is_writing = True  # so that no signal takes the message away
+        self.process.is_writing = True  # so that no signal takes the message away
         self.has_failed = True
         if isinstance(error, _UsageError):
             topic = f"{command} " if command in _COMMANDS else ""
             hint = f"see `{_PROGRAM} {topic}--help`"
             error.advice = f"{error.advice}; {hint}" if error.advice else hint
-        names = {"`api_url`": self.url_source}
+        names = {"`api_url`": self.url_source, "`path`": "--token-file"}
         for name in _options_of(command):
             names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
         for parameter, name in names.items():
@@ -2363,6 +2366,8 @@ class _Reporter(_Observer):
             if isinstance(error, ConfigError):
                 error.reason = error.reason.replace(parameter, name)
         fields: Document = {}
+        if self.outcome:
+            error.reason += f"; {self.outcome}"
         if command == "run":
             # First, as the error's text depends on it.
             error.run_state = error.run_state or self.run_state
@@ -2372,10 +2377,9 @@ class _Reporter(_Observer):
 
     def interrupt(self, interrupt: KeyboardInterrupt, command: str | None) -> int:
         code: int = getattr(interrupt, "exit_code", 130)
-        error = BusContainersError({143: "terminated"}.get(code, "interrupted"))
+        error = BusContainersError("terminated" if code == 143 else "interrupted")
         error.kind = "interrupted"
-        if self.process is not None:
-            self.process.signal_number = code - 128  # Ctrl-C may come before the handler is there
+        self.process.signal_number = code - 128  # Ctrl-C may come before the handler is there
         self.error(error, command)
         return code
 
@@ -2383,7 +2387,7 @@ class _Reporter(_Observer):
         """Print an unexpected exception; --verbose adds the places, without values."""
         # In some of Python's own callbacks, what a signal's handler raises comes out wrapped in
         # another exception.
-        if self.process is not None and self.process.signal_number:
+        if self.process.signal_number:
             return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
         trace = fault.__traceback__
         while trace is not None:
@@ -2393,18 +2397,18 @@ class _Reporter(_Observer):
         self.error(_internal_error(fault), command)
         return exit_code
 
-    def run_ended(self, document: Document) -> None:
+    def run_ended(self, document: Document, is_on_terminal: bool) -> None:
         """Print what `run --format text` has for standard error: the container's, and a line."""
         errors = _cell(document, "stderr")
         output = errors or _cell(document, "stdout")
         # What the container wrote last may lack the end of its line. Standard output is in the way
-        # of the next line only on a terminal, where it is the same screen.
-        if output and output[-1] != "\n" and (errors or self.is_terminal):
+        # of the next line only where both are on the same screen.
+        if output and output[-1] != "\n" and (errors or (self.is_terminal and is_on_terminal)):
             errors += "\n"
         try:
             _write_stream(sys.stderr, [errors])
-        except (AttributeError, OSError, ValueError):
-            pass  # there is no other place for it
+        except Exception:  # noqa: BLE001, S110 - there is no other place for it
+            pass
         fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
         run_id, code, duration = (_shown(_cell(fields, name)) for name in fields)
         text = f"run {run_id} ended" if run_id else "the run ended"
@@ -2440,14 +2444,11 @@ class _Reporter(_Observer):
     # taken in time, the next ones do not wait at all. A signal does not cut a message in two: the
     # next tick sees it.
     def _write(self, text: str, patience_seconds: float) -> None:
-        if self.process is not None:
-            self.process.is_writing = True
+        self.process.is_writing = True
         try:
             descriptor = _descriptor(sys.stderr)
             if descriptor is None:
-                encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-                sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding))
-                sys.stderr.flush()
+                _write_stream(sys.stderr, [text])
                 return
             # POSIX: a writable pipe takes 512 bytes at once, so 128 characters of up to 4 bytes.
             for start in range(0, len(text), 128):
@@ -2459,11 +2460,10 @@ class _Reporter(_Observer):
                     sys.stderr.flush()  # of what others wrote
                 _write_all(descriptor, [text[start : start + 128]])
             self.patience_seconds = _PATIENCE_SECONDS
-        except (AttributeError, OSError, ValueError):
-            pass  # there is none, or it is closed
+        except Exception:  # noqa: BLE001, S110 - there is none, it is closed, or a host's own
+            pass
         finally:
-            if self.process is not None:
-                self.process.is_writing = False
+            self.process.is_writing = False
 
 
 class _Result:
@@ -2479,7 +2479,7 @@ class _Result:
         self._path = path
         if path == "-":
             self._path = None
-        # The descriptor of what is not a regular file: the other end of a FIFO may come only once.
+        # Open if it has to be overwritten, a FIFO from the start: its other end may come only once.
         self._held: int | None = None
         try:
             if not self._path:
@@ -2515,6 +2515,10 @@ class _Result:
     def _error(self, error: Exception) -> _OutputError:
         place = self._path or "standard output"
         return _OutputError(f"cannot write to {place}: {_reason_of(error)}")
+
+    def is_on_terminal(self) -> bool:
+        descriptor = _descriptor(sys.stdout)
+        return not self._path and descriptor is not None and os.isatty(descriptor)
 
     def write(self, make_pieces: _MakePieces) -> None:
         """Write the result; one that the file does not take goes to standard output."""
@@ -2559,17 +2563,17 @@ def _remove(path: str) -> None:
         pass  # it never was there, or has its final name by now
 
 
-def _is_shared(path: str, status: os.stat_result) -> bool:
+def _is_shared(status: os.stat_result) -> bool:
     """Return whether a rename would leave a file's old content for others who have the file."""
-    # It has other names, or it is what the shell has redirected a stream to.
-    if status.st_nlink != 1 or os.path.abspath(path).startswith(("/dev/", "/proc/")):
+    if status.st_nlink != 1:
         return True
-    for descriptor in (1, 2):
+    # A shell or a host program has it open, as with `> out` or `/dev/fd/3`.
+    for descriptor in range(256):
         try:
             if os.path.samestat(status, os.fstat(descriptor)):
                 return True
         except OSError:
-            pass  # it is closed
+            pass  # there is no such descriptor
     return False
 
 
@@ -2580,7 +2584,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         old = os.stat(path)
     except FileNotFoundError:
         old = None
-    if old is not None and (not stat.S_ISREG(old.st_mode) or _is_shared(path, old)):
+    if old is not None and (not stat.S_ISREG(old.st_mode) or _is_shared(old)):
         return False
     # A signal may come at any moment, so the name is known before there is a file of it.
     temporary = _name_beside(path)
@@ -2597,8 +2601,9 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             new = os.fstat(descriptor)
             if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
                 return False
-            if old and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+            # Some file systems have one mode for all files, and refuse to change it.
+            if old and old.st_mode != new.st_mode:
+                os.chmod(descriptor, stat.S_IMODE(old.st_mode))
             _write_all(descriptor, make_pieces())
         try:
             os.replace(temporary, os.path.realpath(path))
@@ -2616,16 +2621,16 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     """Return the client that options and environment ask for, and explain where they are from."""
     import urllib.parse
     # The URL comes first, so that --verbose shows it where there is no token.
-    url, source = resolve_api_url(args.api_url, os.environ)
+    url, source = _check_typed(resolve_api_url, args.api_url, os.environ)
     if source != "default":
         report.url_source = source
-    proxy, proxy_source = _proxy_and_source(url, os.environ)
+    proxy, proxy_source = _check_typed(_proxy_and_source, url, os.environ)
     via = "none"
     if proxy:
         via = f"{_redacted_url(proxy)} from {proxy_source}"
     report.explain(f"API URL {url} from {source}; proxy {via}")
     token, token_source = resolve_token(args.token_file, os.environ)
-    report.secrets = [token]
+    report.secrets.append(token)
     if report.is_verbose:
         facts = _token_facts(token, _SCOPES[_COMMANDS[args.command].method])
         report.explain(f"token from {token_source}: {'; '.join(facts)}")
@@ -2642,17 +2647,14 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
 
 
 def _status(args: argparse.Namespace, report: _Reporter) -> Document:
-    if not args.wait:
-        return _client(args, report).status()
-    report.show_progress(f" of {_rounded(args.wait)}  waiting for the platform")
-    try:
+    if args.wait:
         return _wait_for_platform(args, report)
-    finally:
-        report.show_progress("")
+    return _client(args, report).status()
 
 
 def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
     """Look at once, again after pauses, and a last time at the deadline."""
+    report.show_progress(f" of {_rounded(args.wait)}  waiting for the platform")
     end = time.monotonic() + args.wait
     pause_seconds = 0.1
     client = None
@@ -2678,9 +2680,8 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             reason = str(error)
             if isinstance(error, TransportError):  # its advice is to wait, which is done here
                 reason = error.reason
-            # A Retry-After of minutes is shown, and not kept: it would use up most waits.
             asked_seconds = getattr(error, "retry_after_seconds", 0)
-            if asked_seconds <= 10:
+            if asked_seconds <= _MAX_RETRY_AFTER_SECONDS:
                 pause_seconds = max(pause_seconds, asked_seconds)
         if is_last_look:
             text = f"the platform is not ready after {_rounded(args.wait)}: {reason}"
@@ -2702,11 +2703,9 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
         within = f" of {_rounded(limit or timeout)}"
     target = args.image or args.profile or _DEFAULT_PROFILE
     report.show_progress(f"{within}  {target}: {' '.join(args.words)}")
-    options = {"profile": args.profile, "image": args.image, "timeout_seconds": limit}
-    try:
-        document = client.run(args.words, timeout=timeout, **options)
-    finally:
-        report.show_progress("")
+    document = client.run(
+        args.words, profile=args.profile, image=args.image, timeout_seconds=limit, timeout=timeout
+    )
     if document.get("exit_code") in (126, 127):
         text = f"the container could not start {_shown(args.words[0])!r}"
         hint = "an image is named by --image, a profile by --profile"
@@ -2738,7 +2737,7 @@ def _deleted_document(args: argparse.Namespace, report: _Reporter) -> Any:
 
 
 def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
-    topic = "".join(args.words)  # it takes one word at most
+    topic = args.words[0] if args.words else ""
     if topic and args.format:
         raise _UsageError(f"there is one document of all commands: leave out {_shown(topic)!r}")
     if topic and topic not in _COMMANDS:
@@ -2753,23 +2752,20 @@ def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return its exit code."""
-    return _main(argv, None)
+    return _main(argv, _Process(is_own=False))
 
 
-# A process that `console` owns has its signals and descriptors taken care of; a host program's
-# process has not.
-def _main(argv: Sequence[str] | None, process: _Process | None) -> int:
-    """Run a command line; the one place that maps errors to exit codes."""
+def _main(argv: Sequence[str] | None, process: _Process) -> int:
+    """Run a command line and return its exit code; the one place where errors become one."""
     if argv is None:
-        argv = [_as_typed(word) for word in sys.argv[1:]]
+        argv = [_decode_argument(word) for word in sys.argv[1:]]
     command, options, words = _scan(argv)
     report = _Reporter(options, process)
     code = 1
     if command in _COMMANDS:
         code = _COMMANDS[command].failure_code
     try:
-        if process is not None:
-            process.prepare()
+        process.prepare()
         if ("--help", None) in options or ("--version", None) in options:
             return _print_about(command, options)
         _check_encoding(argv)
@@ -2799,7 +2795,7 @@ def _check_encoding(argv: Sequence[str]) -> None:
             raise _UsageError(f"argument {number} is not valid UTF-8: {word[:60]!a}")
 
 
-def _as_typed(word: str) -> str:
+def _decode_argument(word: str) -> str:
     try:
         return os.fsencode(word).decode(errors="surrogateescape")  # whatever the locale
     except UnicodeError:  # some locales decode what they cannot encode again
@@ -2823,10 +2819,12 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
             if report.deleted:
                 _write_result(args, result, _deleted_document(args, report))
             raise
+        finally:
+            report.show_progress("")
         if args.command == "run":
             return _finish_run(args, result, document, report)
         _write_result(args, result, document)
-        return 1 if report.has_failed else 0
+        return _COMMANDS[args.command].failure_code if report.has_failed else 0
     finally:
         if result is not None:
             result.close()
@@ -2847,29 +2845,26 @@ def _finish_run(
     """Write a run's result and return the container's exit code, as far as it is one."""
     import json
     code = document.get("exit_code")
-    shown = _shown(json.dumps(code))
     run = f"the run {_shown(_cell(document, 'run_id'))}".strip()
+    report.outcome = f"{run} ended with exit code {_shown(json.dumps(code))}"
     try:
         _write_result(args, result, document)
-    except _OutputError as error:
-        if not isinstance(error, _ReaderLeftError):
-            error.reason += f"; {run} ended with exit code {shown}"
-        raise
     finally:
         if args.format == "text" and not args.quiet:
-            report.run_ended(document)
+            report.run_ended(document, result is not None and result.is_on_terminal())
     # True is 1, too, and 37.0 is 37: what is not an integer in JSON must not become an exit code.
     if type(code) is not int:
-        raise ProtocolError(f"the exit_code of {run} is not an integer: {shown}")
+        raise ProtocolError("the exit code is not an integer")
     if code < 0:  # as a shell tells of a signal
         code = 128 - code
     return min(code, 255)
 
 
 class _Process:
-    """The process that `console` runs in: its signals and its standard descriptors."""
+    """The process, of which signals and standard descriptors are taken care of if it is our own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_own: bool) -> None:
+        self.is_own = is_own  # not a host program's
         self.signal_number = 0
         self.signal_time = 0.0
         self.is_writing = False  # a message
@@ -2877,6 +2872,8 @@ class _Process:
     def prepare(self) -> None:
         import gc
         import signal
+        if not self.is_own:
+            return
         # A script's background job inherits an ignored SIGINT, which stays so. For PID 1 the kernel
         # has no default action: without a handler, SIGTERM would do nothing.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -2884,12 +2881,14 @@ class _Process:
         # SIGTERM has to take the line of progress away, and to tell what is known of a run.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._interrupt)
-        gc.disable()  # a process this short has nothing to collect
-        for descriptor in (0, 1, 2):
+        gc.disable()  # what it makes lives to its end, and collecting slows large answers down
+        # A socket would take the number of a closed one. A folder does not take what is written to
+        # /dev/stdout.
+        for descriptor, path in enumerate((os.devnull, os.sep, os.sep)):
             try:
                 os.fstat(descriptor)
-            except OSError:  # it is closed, and a socket would take its number
-                os.open(os.devnull, os.O_RDWR)
+            except OSError:  # it is closed
+                os.open(path, os.O_RDONLY)
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self.signal_number:
@@ -2899,7 +2898,7 @@ class _Process:
             if not self.is_writing:
                 raise _Interrupted(128 + number)
         # A second one right after it must not keep the message from being told.
-        elif time.monotonic() - self.signal_time > 1:
+        elif time.monotonic() - self.signal_time > _PATIENCE_SECONDS:
             self.signal_number = number
             self.end(128 + number)
 
@@ -2932,7 +2931,7 @@ class _Process:
 
 def console() -> NoReturn:
     """Run the process's command line, and end the process with its exit code."""
-    process = _Process()
+    process = _Process(is_own=True)
     sys.unraisablehook = process.report_unraisable
     code: int | None = None
     # After an interrupt between the end of _main and of the process, only the end is left to do.

@@ -454,6 +454,16 @@ def test_a_stream_in_memory_with_bytes_below(cli: InProcess, api: Api) -> None:
     assert buffer.getvalue() == PRINTED
 
 
+def test_streams_that_lack_a_letter(cli: InProcess, api: Api) -> None:
+    """Promise 3.17: what the host's encoding cannot say is escaped, and the rest is not lost."""
+    api.answers({**DOCUMENTS["run"], "stdout": "caf\u00e9", "stderr": "th\u00e9 boom"})
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    assert cli("-f", "text", *RUN, at=api, stdout=out, stderr=err).code == 0
+    said = [stream.detach().getvalue() for stream in (out, err)]
+    assert said[0] == b"caf\\xe9"
+    assert said[1].startswith(b"th\\xe9 boom\n")
+
+
 def test_a_stream_that_compresses(cli: InProcess, api: Api, folder: Path) -> None:
     """It has a descriptor, but of what is compressed."""
     with gzip.open(folder / "out.gz", "wt", encoding="utf-8") as out:
@@ -461,9 +471,15 @@ def test_a_stream_that_compresses(cli: InProcess, api: Api, folder: Path) -> Non
     assert gzip.decompress((folder / "out.gz").read_bytes()) == PRINTED
 
 
-@pytest.mark.parametrize("stream", [None, "/dev/full"], ids=["closed", "full"])
-def test_a_standard_error_that_takes_nothing(stream: str | None, cli: InProcess, api: Api) -> None:
-    stderr = stream if stream is None else os.open(stream, os.O_WRONLY)
+class Refusing(Bare):
+    def write(self, text: str) -> None:
+        raise RuntimeError(text)
+
+
+@pytest.mark.parametrize("stream", ["closed", "full", "raising"])
+def test_a_standard_error_that_takes_nothing(stream: str, cli: InProcess, api: Api) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    stderr: Any = {"closed": None, "full": full, "raising": Refusing()}[stream]
     try:
         for form, out in (("json", PRINTED), ("text", b"OK")):
             assert cli("-vvf", form, *RUN, at=api, stderr=stderr)[:2] == (0, out)
@@ -471,8 +487,7 @@ def test_a_standard_error_that_takes_nothing(stream: str | None, cli: InProcess,
         assert cli("delete", "a", stderr=stderr).code == 1
         assert cli(*RUN, stderr=stderr).code == 125
     finally:
-        if stderr is not None:
-            os.close(stderr)
+        os.close(full)
 
 
 @pytest.mark.parametrize(
@@ -493,6 +508,10 @@ def test_descriptors_closed_at_the_start(
     assert printed[:2] == ((125, b"") if "1" in closed else (0, PRINTED))
     assert bool(spoken(printed.err).text) is told
     assert len(api.requests) == (1 if "1" in closed else 2)
+    if "1" in closed:
+        by_path = bare("-o", "/dev/stdout", *RUN, at=api)
+        assert (by_path.code, by_path.out, bool(by_path.err)) == (125, b"", told)
+        assert len(api.requests) == 1
     if "0" in closed:
         blind = bare("--token-file", "-", *RUN, at=api)
         says = b"standard output" if "1" in closed else b"standard input"

@@ -491,7 +491,7 @@ WHOLE: list[Line] = [
          "GET AT/runs: HTTP 200, but the answer is not usable JSON: Expecting value: line 1 "
          "column 1 (char 0)"),
     Line("run true", answer(b'{"run_id":"r","exit_code":null}'), 125, "protocol finished",
-         "the exit_code of the run r is not an integer: null"),
+         "the exit code is not an integer; the run r ended with exit code null"),
     Line("run true", raw(message(b"", "300 Multiple Choices")), 125, "api refused",
          "POST AT/runs: HTTP 300 Multiple Choices; redirected to nowhere, not followed; check "
          "BUS_AI_API_URL"),

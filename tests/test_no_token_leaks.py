@@ -9,10 +9,12 @@ proxy sends it back. Every `Result` was searched for it before a test sees the r
 from __future__ import annotations
 
 import base64
+import html
 import itertools
 import json
 import re
 import traceback
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,27 @@ def test_a_message_is_told_around_what_is_redacted(token: str, cli: InProcess, a
     assert (told == token) == (token in found["text"])
 
 
+MARKED = "0paque/t0ken+with&marks=of<all>k1nds"
+FORMS = {
+    "URL": urllib.parse.quote(MARKED, safe=""),
+    "URL in lower case": urllib.parse.quote(MARKED, safe="").lower(),
+    "path of a URL": urllib.parse.quote(MARKED),
+    "JSON": MARKED.replace("/", "\\/"),
+    "Go's JSON": re.sub("[&<>]", lambda mark: f"\\u{ord(mark[0]):04x}", MARKED),
+    "HTML": html.escape(MARKED),
+    "HTML by numbers": re.sub(r"\W", lambda mark: f"&#{ord(mark[0])};", MARKED),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_token_with_marks_that_is_sent_back_in_another_form(
+    form: str, cli: InProcess, api: Api
+) -> None:
+    api.answers({"error": f"no {form}, sorry"}, status="403 Forbidden")
+    result = cli("status", at=api, env={"BUS_AI_TOKEN": MARKED})
+    assert "HTTP 403 Forbidden: no [redacted], sorry" in check_failure(result, 1)
+
+
 def test_the_token_is_in_no_repr_of_a_client() -> None:
     environ = {"BUS_AI_TOKEN": CANARY, "BUS_AI_API_URL": NOWHERE}
     for one in (bus_containers.Client(NOWHERE, CANARY), bus_containers.Client.from_env(environ)):
@@ -186,6 +209,9 @@ def test_the_token_as_a_word_of_the_command_line(cli: InProcess, api: Api) -> No
     for args in (("--token", CANARY, "status"), (f"--token={CANARY}", "status")):
         check_failure(cli(*args, at=api), 2, "--token-file")
     assert api.requests == []
+    for args in (("status", CANARY), ("--api-url", CANARY, "runs"), ("-f", CANARY, "runs")):
+        told = check_failure(cli(*args, env={"BUS_API_TOKEN": CANARY}), 2)
+        assert "[redacted]" in told
     api.answers({"error": {"type": "not_found"}}, status="404 Not Found")
     for options in (("-vv",), ("--error-format", "json")):
         result = cli(*options, "delete", CANARY, at=api)
@@ -202,7 +228,7 @@ def test_the_token_as_the_path_of_a_token_file(
         for options in (("-v",), ("--error-format", "json")):
             result = cli(*options, "--token-file", token, *RUN, cwd=tmp_path)
             assert (result.code, result.out) == (125, b"")
-            assert "--token-file: its value looks like a token, not a path" in result.message
+            assert "the value of --token-file looks like a token, not a path" in result.message
             assert not leaks(token.strip(), result.err)
         with pytest.raises(bus_containers.ConfigError) as caught:
             bus_containers.resolve_token(token, {})

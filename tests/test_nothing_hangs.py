@@ -50,6 +50,7 @@ from support import (
     BODIES,
     CANARY,
     LIMIT,
+    Env,
     InProcess,
     Program,
     api_commands,
@@ -467,16 +468,27 @@ def test_wait_for_a_platform_that_restarts(cli: InProcess, serve: Serve) -> None
     assert len(server.requests) == 2
 
 
-def test_wait_for_a_token_file(cli: InProcess, api: Api, home: Path) -> None:
-    path = home / ".config" / "bus" / "auth" / "api-token"
-    path.parent.mkdir(parents=True)
+@pytest.mark.parametrize("name", [".config/bus/auth/api-token", "a-name-of-many-letters.txt"])
+def test_wait_for_a_token_file(name: str, cli: InProcess, api: Api, home: Path) -> None:
+    path = home / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     (home / "fresh").write_text(CANARY)
+    options = ("--token-file", name) if path.parent == home else ()
     timer = threading.Timer(0.4, (home / "fresh").rename, [path])
     timer.start()
-    result = cli("status", "--wait", "60s", at=api, env={"BUS_AI_TOKEN": None})
+    env: Env = {"BUS_AI_TOKEN": None}
+    result = cli(*options, "status", "--wait", "60s", at=api, env=env, cwd=home)
     timer.join()
     assert (result.code, result.err) == (0, b"")
     assert len(api.requests) == 1
+
+
+@pytest.mark.parametrize("env", [{"BUS_AI_TOKEN": " "}, {"BUS_AI_TOKEN": None, "HOME": None}])
+def test_wait_for_no_token_that_cannot_come(env: Env, cli: InProcess, api: Api) -> None:
+    """A process's own variables do not change."""
+    result = cli("status", "--wait", "60s", at=api, env=env)
+    assert result.seconds < LIMIT
+    assert "no token" in check_failure(result, 1)
 
 
 @second_tier

@@ -426,6 +426,20 @@ def test_a_signal_amid_the_writing(
         assert set(tree(folder)) == {"out"}
 
 
+def test_a_signal_while_the_result_waits_for_its_reader(program: Program, api: Api) -> None:
+    """Promise 6.3: the run has ended, and nothing else can tell how."""
+    reader, writer = os.pipe()
+    api.answers({**big(1_000_000), "exit_code": 37})
+    with started(program.start(*RUN, at=api, stdout=writer)) as process:
+        os.close(writer)
+        await_that(lambda: bool(select.select([reader], [], [], 0)[0]))
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=LIMIT)
+    os.close(reader)
+    assert process.returncode == -signal.SIGTERM
+    assert err == b"bus-containers: terminated; the run run-1 ended with exit code 37\n"
+
+
 # --- as with a shell's >: 6.12 ----------------------------------------------------------------
 
 
@@ -518,12 +532,11 @@ def test_a_redirected_descriptor_by_a_path(
     assert wrapped(program, script)("-o", path, *RUN, at=api)[:3] == (0, b"", b"")
     expected = PRINTED + b"more" if ">>" in redirection else b"more" + PRINTED[4:]
     assert tree(folder) == {"out": expected}
-    if number == 1:
-        (folder / "link").symlink_to(path)
-        for path in ("link", "//dev/stdout", "out"):
-            (folder / "out").write_bytes(OLD)
-            assert wrapped(program, script)("-o", path, *RUN, at=api)[:3] == (0, b"", b"")
-            assert (folder / "out").read_bytes() == expected
+    (folder / "link").symlink_to(path)
+    for path in ("link", f"//dev/fd/{number}", "out"):
+        (folder / "out").write_bytes(OLD)
+        assert wrapped(program, script)("-o", path, *RUN, at=api)[:3] == (0, b"", b"")
+        assert (folder / "out").read_bytes() == expected
 
 
 @pytest.mark.parametrize("denied", [False, True], ids=["result", "failure"])

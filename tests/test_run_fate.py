@@ -7,9 +7,12 @@ memory or `_ssl`. Deadlines are in `test_nothing_hangs.py`, signals in `test_sig
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -163,18 +166,34 @@ def test_a_broken_answer() -> None:
     [
         (raw(message(b"x" * 3_000_000)), "the answer is larger than 1 GiB"),
         (raw(message(b"x" * 3_000_000, "402 Pay")), "HTTP 402 Pay"),
-        (then_hold(CHUNKED + b"-1\r\n" + b"x" * 3_000_000), "runs"),  # Python 3.9 refuses the length
+        (then_hold(CHUNKED + b"-1\r\n" + b"x" * 3_000_000), "runs"),
     ],
     ids=["length", "402", "chunk of -1"],
 )
 def test_an_answer_that_is_too_large(
     script: Script, told: str, cli: InProcess, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bus_containers, "_MAX_ANSWER_BYTES", 1_000_000)
+    monkeypatch.setattr(bus_containers, "_MAX_ANSWER_BYTES", 1_000_000)  # more than a buffer
     result = cli("run", "true", at=serve(script))
     check_failure(result, 125, told)
     assert result.spoken.advises == ("402" not in told)
     assert result.seconds < LIMIT
+
+
+def test_a_connection_that_cannot_be_closed(
+    cli: InProcess, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has arrived by then is as good as ever."""
+    close = socket.socket.close
+
+    def fail(self: socket.socket) -> None:
+        close(self)
+        if threading.current_thread() is threading.main_thread():  # the server's are elsewhere
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(socket.socket, "close", fail)
+    result = cli("run", "true", at=api)
+    assert (result.code, result.err) == (0, b"")
 
 
 # The body of an error, and a part of what is said of it.

@@ -305,7 +305,9 @@ def test_the_closing_line_has_a_line_of_its_own(
     with Terminal() as terminal:
         cli("-f", "text", *RUN, at=api, stdout=terminal.end, stderr=terminal.end)
         assert terminal.read_all().decode() == shown
-    assert cli("-f", "text", *RUN, at=api).out == stdout.encode()
+    with Terminal() as terminal:
+        assert cli("-f", "text", *RUN, at=api, stderr=terminal.end).out == stdout.encode()
+        assert terminal.read_all().decode().startswith(stderr + "\n" * (stderr == "bad") + CLOSING)
 
 
 @scene
