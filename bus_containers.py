@@ -24,8 +24,8 @@ failure is 125 for `run` and 1 for the other commands. A `run` that did not fail
 container's own code.
 
 Data goes one way: argv -> options -> settings -> client -> exchange -> attempt -> answer ->
-document -> format -> result. The file has errors and the client first, then what serves them, then
-the command line: tables, parser, output, commands, `main` and `console`.
+document -> format -> result. After the constants come errors and the client, then what serves them,
+then the command line: tables, parser, output, commands, `main` and `console`.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ class Client:
 
     def status(self) -> Document:
         """Return `{"items": [{"id", "state", ...}]}`, or `{"status": {"state", ...}}`."""
-        exchange = _Exchange(self, "GET", "/status")
+        exchange = _Exchange(self, "GET", "status")
         document: Document = exchange.fetch()
         if document:
             return document
@@ -367,7 +367,7 @@ class Client:
         request = _run_request(command, profile, image, timeout_seconds)
         if timeout is None:
             timeout = _run_timeout(timeout_seconds)
-        exchange = _Exchange(self, "POST", "/runs", request, timeout)
+        exchange = _Exchange(self, "POST", "runs", request=request, timeout=timeout)
         document: Document
         try:
             document = exchange.fetch()
@@ -383,7 +383,7 @@ class Client:
 
     def runs(self) -> Document:
         """Return `{"items": [...]}`, the account's runs, from `/status` if there is no `/runs`."""
-        exchange = _Exchange(self, "GET", "/runs")
+        exchange = _Exchange(self, "GET", "runs")
         document: Any
         try:
             document = exchange.fetch((dict, list))
@@ -391,7 +391,7 @@ class Client:
             if error.status not in (404, 405):
                 raise
             deadline = exchange.deadline
-            exchange = _Exchange(self, "GET", "/status")
+            exchange = _Exchange(self, "GET", "status")
             exchange.deadline = deadline  # it is one call
             document = exchange.fetch()
             # The published provider has no list of runs, but shows them among its runners. A run
@@ -416,9 +416,7 @@ class Client:
 
     def delete(self, run_id: str) -> Document:
         """Delete a run, stopping it first; return `{"deleted": true, "run_id", ...}`."""
-        # _Exchange does this, too, but _path_segment imports before it.
-        _restore_modules(self._modules)
-        exchange = _Exchange(self, "DELETE", f"/runs/{_path_segment(run_id)}")
+        exchange = _Exchange(self, "DELETE", "runs", run_id)
         try:
             document: Document = exchange.fetch()
         except ApiError as error:
@@ -902,7 +900,7 @@ class _Exchange:
     """One request to the API and its answer: what is asked, by when, and how often."""
 
     def __init__(
-        self, client: Client, method: str, path: str, request: Document | None = None,
+        self, client: Client, method: str, *path: str, request: Document | None = None,
         timeout: float | None = None,
     ) -> None:
         _restore_modules(client._modules)
@@ -915,7 +913,8 @@ class _Exchange:
         self.token = client._token
         self.observer = client._observer
         self.environ = os.environ if client._environ is None else client._environ
-        self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}{path}")
+        segments = "/".join(map(_path_segment, path))
+        self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}/{segments}")
         self.where = f"{method} {self.url.geturl()}"
         self.timeout = client.timeout if timeout is None else timeout
         # Up to twice _MAX_SECONDS: a run's default limit is its `timeout_seconds` and a margin.
@@ -1001,11 +1000,11 @@ class _Exchange:
         return _shown(_redacted(text, self.secrets))
 
 
-def _pause(seconds: float, look: Callable[[], object]) -> None:
-    """Sleep, and call `look` at least once a tick: what it raises ends the pause."""
+def _pause(seconds: float, check: Callable[[], object]) -> None:
+    """Sleep, and call `check` at least once a tick: what it raises ends the pause."""
     end = time.monotonic() + seconds
     while seconds > 0:
-        look()
+        check()
         time.sleep(min(seconds, _TICK_SECONDS))
         seconds = end - time.monotonic()
 
@@ -1338,10 +1337,6 @@ class _Attempt(io.RawIOBase):
         lengths = set(headers.get_all("Content-Length", []))
         if len(lengths) > 1 or not re.fullmatch("[0-9]{0,18}", "".join(lengths).strip()):
             raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
-        encoding = headers.get("Content-Encoding", "identity").strip()
-        if encoding.lower() not in ("", "identity"):
-            text = f"unknown Content-Encoding {self.exchange.show(encoding)}"
-            raise self.exchange.error(ProtocolError, text)
 
     def _wait_for(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Repeat an operation of the socket until it ends, in waits of a tick each."""
@@ -1555,6 +1550,9 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
         yield f"recommended plan: {exchange.show(plan)}"
 
 
+_CERTIFICATE_REQUIRED = "TLSV13_ALERT_CERTIFICATE_REQUIRED"  # as OpenSSL calls the alert
+
+
 # It imports only what an attempt over plain http has already imported, as there may be no `_ssl`,
 # or no memory for it.
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
@@ -1564,6 +1562,8 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     exchange = attempt.exchange
     if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, OSError):
         failure = failure.reason  # urllib wraps what fails while it sends
+    if _is_late_refusal(attempt, failure):
+        attempt.enter_state("not_sent")
     reason = exchange.show(_reason_of(failure))
     if isinstance(failure, MemoryError):
         return exchange.error(ProtocolError, "the answer is too large for this machine's memory")
@@ -1608,13 +1608,10 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
     """Return the error of a failure of TLS that rules out a run, else None."""
     import ssl
     exchange = attempt.exchange
-    if not isinstance(failure, ssl.SSLError):
+    if not isinstance(failure, ssl.SSLError) or attempt.run_state != "not_sent":
         return None
     text = f"TLS: {reason}"
-    if attempt.run_state != "not_sent":
-        if not _is_late_refusal(attempt, failure):
-            return None
-        attempt.enter_state("not_sent")
+    if failure.reason == _CERTIFICATE_REQUIRED:
         advice = "the server asks for a client certificate, and none can be given"
         return exchange.error(TransportError, text, advice)
     if isinstance(failure, ssl.SSLCertVerificationError):
@@ -1631,11 +1628,11 @@ def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
     A server of TLS 1.3 does so when the request is already on its way. A byte of an answer or a
     session ticket would show that it had accepted the handshake.
     """
+    is_refusal = getattr(failure, "reason", "") == _CERTIFICATE_REQUIRED
+    if not is_refusal or attempt.tls_version != "TLSv1.3" or attempt.received_bytes:
+        return False
     session = attempt.sock.session
-    has_ticket = session is not None and session.has_ticket
-    is_refusal = failure.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
-    is_possible = attempt.tls_version == "TLSv1.3" and not attempt.received_bytes
-    return is_refusal and is_possible and not has_ticket
+    return session is None or not session.has_ticket
 
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:
@@ -1933,7 +1930,12 @@ def _exit_codes_of(command: str | None) -> list[tuple[str, str]]:
 
 def _options_of(command: str | None) -> dict[str, Any]:
     """Return a command's options by their long names; its own replace those of every command."""
-    return {row[2]: row for row in _OPTIONS if row[0] in ("", command)}
+    rows = {}
+    for row in _OPTIONS:
+        owner, _, long, *_ = row
+        if owner in ("", command):
+            rows[long] = row
+    return rows
 
 
 def _usage(command: str) -> str:
@@ -2106,7 +2108,7 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
     for name, value in options:
         if name not in rows:
             raise _UsageError(_unknown_option(name))
-        value_name = rows[name][3]
+        _, _, _, value_name, _, _ = rows[name]
         if value is None and value_name:
             raise _UsageError(f"{name} needs a value: {name} {value_name}")
         if value is not None and not value_name:
@@ -2149,7 +2151,7 @@ def _unknown_option(name: str) -> str:
     """Return what is wrong with an option that the command does not have."""
     if name.startswith("--token"):
         return "no option takes a token: use --token-file PATH, BUS_AI_TOKEN or BUS_API_TOKEN"
-    owners = [row[0] for row in _OPTIONS if name in row[1:3]]
+    owners = [command for command, short, long, *_ in _OPTIONS if name in (short, long)]
     if owners:
         return f"{name} is an option of {' and '.join(owners)}"
     return f"no such option: {_shown(name)}"
@@ -2226,18 +2228,15 @@ def _is_writable(descriptor: int, seconds: float) -> bool:
         return True  # nobody knows: Windows selects sockets only
 
 
-# A system call for each row would cost more than the row. A large piece stands alone, and join
-# gives a single text back without a copy.
+# A system call for each piece would cost more than the piece, and a join would copy a large one.
 def _gathered(pieces: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []
-    size = 0
-    for piece in pieces:
-        if size + len(piece) > _IO_BYTES:
-            yield "".join(held)
-            held, size = [], 0
-        held.append(piece)
-        size += len(piece)
-    yield "".join(held)
+    import itertools
+    left = iter(pieces)
+    while batch := list(itertools.islice(left, 1000)):
+        if sum(map(len, batch)) > _IO_BYTES:
+            yield from batch
+        else:
+            yield "".join(batch)
 
 
 def _write_all(descriptor: int, pieces: Iterable[str]) -> None:

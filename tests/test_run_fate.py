@@ -117,7 +117,6 @@ BROKEN = [
         ("too-many-headers", raw(OK_HEAD + MANY + b"\r\n{}"), "100 headers"),
         ("length-not-a-number", framed("Content-Length: abc"), "has a bad Content-Length"),
         ("two-lengths", framed("Content-Length: 2\r\nContent-Length: 3"), "bad Content-Length"),
-        ("coding-unknown", framed("Content-Encoding: br"), "unknown Content-Encoding br"),
         ("blank-200", answer(b" \r\n"), "HTTP 200, but the answer is empty"),
         ("captive-portal", html("200 OK", "Sign in"), "an HTML page: a captive portal, or not the"),
         ("two-documents", answer(b"{}{}"), "is not usable JSON: Extra data"),

@@ -470,7 +470,6 @@ DRIVEN: dict[str, tuple[Words, bytes]] = {
     "location": (("status",), message(b"", "302 No", f"Location: http://x/{HEADER}")),
     "header": (("--trace", "status"), message(BODIES["status"], "200 OK", f"X: {HEADER}")),
     "reason": (("--trace", "status"), message(b"", f"400 O{HEADER}K")),
-    "encoding": (("status",), message(b"{}", "200 OK", f"Content-Encoding: {HEADER}")),
     "exit-code": (RUN, message(json.dumps({**RESULT, "exit_code": EVIL}).encode())),
 }
 
