@@ -75,9 +75,7 @@ MAX_BODY_BYTES = 8 << 20
 MAX_TIMEOUT_SECONDS = (1 << 63) - 1  # the provider's integers have 64 bits
 TOKEN_SECONDS = 7 * 24 * 3600.0  # of the token files; a terminal may stay open for days
 
-# ---------------------------------------------------------------------------------------------
-# Errors, as the API tells them
-# ---------------------------------------------------------------------------------------------
+# --- Errors, as the API tells them ------------------------------------------------------------
 
 
 class ApiError(Exception):
@@ -120,9 +118,7 @@ def billing_error(billing: Billing) -> ApiError:
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokens: JWT (RFC 7519) with HS256
-# ---------------------------------------------------------------------------------------------
+# --- Tokens: JWT (RFC 7519) with HS256 --------------------------------------------------------
 
 
 def mint(claims: Mapping[str, object], key: bytes, algorithm: str = "HS256") -> str:
@@ -168,9 +164,7 @@ def _unbase64url(text: str) -> bytes:
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
-# ---------------------------------------------------------------------------------------------
-# Run requests
-# ---------------------------------------------------------------------------------------------
+# --- Run requests -----------------------------------------------------------------------------
 
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")  # above all no option of the engine
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -215,9 +209,7 @@ def _words(key: str, words: object) -> list[str]:
     return [_LONE_SURROGATE.sub("\ufffd", word) for word in words]  # as Go's decoder does
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------
+# --- Runs -------------------------------------------------------------------------------------
 
 # Seconds between two looks at whether a process has ended that closed its output, or left it to
 # others, and whether its time is over. Output, and the usual end that closes it, wake at once.
@@ -374,9 +366,7 @@ def shell_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
-# ---------------------------------------------------------------------------------------------
-# The platform
-# ---------------------------------------------------------------------------------------------
+# --- The platform -----------------------------------------------------------------------------
 
 
 class Platform:
@@ -542,9 +532,7 @@ class Platform:
         server.server_close()  # waits for the threads of all requests
 
 
-# ---------------------------------------------------------------------------------------------
-# HTTP
-# ---------------------------------------------------------------------------------------------
+# --- HTTP -------------------------------------------------------------------------------------
 
 
 class _Server(ThreadingHTTPServer):
@@ -639,9 +627,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().log_message(format, *args)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --- Command line -----------------------------------------------------------------------------
 
 _TAKE_A_VALUE = ("--billing", "--engine", "--prefix", "--profile-image")
 
@@ -702,13 +688,16 @@ def signals_as_bytes() -> Iterator[tuple[socket.socket, socket.socket]]:
     with reader, writer:
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         try:
             yield reader, writer
         finally:
             signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def run_command(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
+import os
 import re
 import shlex
 import subprocess
@@ -18,43 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-
 import bus_containers
 import local_platform
 from hostile import Hostile, reset
 from local_platform import Platform
-from support import (
-    LIMIT,
-    NOWHERE,
-    ROOT,
-    Env,
-    InProcess,
-    Program,
-    Result,
-    as_json,
-    check_failure,
-    second_tier,
-    tiers,
-)
+from support import LIMIT, NOWHERE, ROOT, Env, InProcess, Program, as_json
 
 README = (ROOT / "README.md").read_text("utf-8")
 PLATFORM = str(Path(local_platform.__file__).resolve())
-
-
-@pytest.fixture
-def newcomer(program: Program) -> Program:
-    """`python3 tests/local_platform.py`, with whatever comes after it, in a folder of its own."""
-    program.environ["CLI"] = shlex.join(program.command)
-    program.command = [sys.executable, PLATFORM]
-    return program
-
-
-def shell(newcomer: Program, script: str, *options: str) -> Result:
-    """Run a shell script under the platform; `bus-containers` in it is the program."""
-    start = f'bus_containers() {{ {newcomer.environ["CLI"]} "$@"; }}\n'
-    script = start + script.replace("bus-containers", "bus_containers")
-    return newcomer(*options, "sh", "-c", script)
 
 
 # --- the README's own commands and transcripts ----------------------------------------------------
@@ -111,57 +82,53 @@ def test_the_readme_shows_each_command() -> None:
     for name in ("status", "run", "runs", "delete"):
         assert re.search(rf"bus-containers (\S+ )*?{name}\b", shown), name
     assert "-- make test" not in README  # nothing of this machine reaches a container
-    assert showing("not ready")
-    assert showing("connection was lost")
+    assert set(re.findall(r"\btest_\w+\.py\b", README)) <= {*os.listdir(ROOT / "tests")}
 
 
-def test_transcripts_of_success(newcomer: Program) -> None:
-    """One shell and one platform for each block, so that ids fit; all blocks in one process."""
+def test_transcripts_of_success(program: Program, platform: Platform, folder: Path) -> None:
+    """One shell for each block, in which `bus-containers` is the program, and no other run."""
     good = [block for block in BLOCKS if not {*block} & {*showing(*TROUBLE)}]
     assert len(good) >= 3
-    folder = newcomer.folder or Path()
-    for number, block in enumerate(good):
-        lines = ["id=run_1\n"]
+    start = f'bus_containers() {{ {shlex.join(program.command)} "$@"; }}\nid=run_1\n'
+    for block in good:
+        platform.reset()
+        lines = [start]
         for at, shown in enumerate(block):
             command = re.sub(r"run_[0-9a-f]{32}", '"$id"', shown.command)
+            command = command.replace("bus-containers", "bus_containers")
             lines.append(f"{{ {command}\n}} >out.{at} 2>&1\n")
             lines.append(f"grep -o 'run_[0-9a-f]*' out.{at} >found && read -r id <found\n")
-        shell(newcomer, "".join(lines))
+        env = program.env(BUS_AI_API_URL=platform.url, BUS_CONFIG_DIR=str(platform.config_dir))
+        subprocess.run(["sh", "-c", "".join(lines)], env=env, cwd=folder, timeout=60)
         for at, shown in enumerate(block):
             output = (folder / f"out.{at}").read_text("utf-8")
-            assert alike(output) == alike(shown.output), f"block {number}: {shown.command}"
+            assert alike(output) == alike(shown.output), shown.command
 
 
-def test_transcripts_of_denials(cli: InProcess, platform: Platform) -> None:
-    for shown in showing("HTTP 401", "HTTP 402"):
-        token = platform.token(scope="container:read billing:read", expires_in=-10_801.0)
-        if "HTTP 402" in shown.output:
-            platform.billing, token = "quota", platform.token()
-        words = shlex.split(shown.command.partition(" >")[0])[1:]
-        result = cli(*words, at=platform, env={"BUS_AI_TOKEN": token})
-        assert alike(result.message) == alike(shown.output), shown.command
-        assert result.code == 125
-        platform.reset()
-    assert showing("HTTP 401")
-    assert showing("HTTP 402")
-
-
-def test_transcripts_of_trouble(cli: InProcess, platform: Platform) -> None:
-    with Hostile(reset()) as server:
-        for shown in showing("not ready", "connection was lost", "--timeout-seconds 9"):
+def test_transcripts_of_failures(cli: InProcess, platform: Platform) -> None:
+    for word in TROUBLE:
+        [shown] = showing(word)
+        at: Any = platform
+        token = platform.token()
+        env: Env = {"BUS_AI_API_URL": NOWHERE} if word == "not ready" else {}
+        if word == "HTTP 401":
+            token = platform.token(scope="container:read billing:read", expires_in=-10_801.0)
+        platform.billing = "quota" if word == "HTTP 402" else None
+        with Hostile(reset()) as server:
+            if word == "connection was lost":
+                at = server
             words = shlex.split(shown.command.partition(" >")[0])[1:]
-            at: Any = server if "lost" in shown.output else platform
-            env: Env = {"BUS_AI_API_URL": NOWHERE} if "not ready" in shown.output else {}
-            result = cli(*words, at=at, env=env)
-            assert alike(result.message) == alike(shown.output), shown.command
+            result = cli(*words, at=at, env={"BUS_AI_TOKEN": token, **env})
+        assert alike(result.message) == alike(shown.output), shown.command
+        assert "HTTP" not in word or result.code == 125
 
 
-def test_the_first_command_of_the_readme(newcomer: Program) -> None:
+def test_the_first_command_of_the_readme(program: Program) -> None:
     [line] = re.findall(r"(?m)^    python3 (tests/local_platform\.py .*)$", README)[:1]
     words = shlex.split(line)
     assert words[1:3] == ["python3", "bus_containers.py"]
-    own = shlex.split(newcomer.environ["CLI"])
-    result = newcomer(*own, *words[3:])
+    own, program.command = program.command, [sys.executable, str(ROOT / words[0])]
+    result = program(*own, *words[3:])
     assert (result.code, result.err) == (0, b"")
     document = result.document
     assert result.out == as_json(document)
@@ -195,138 +162,26 @@ def test_the_library_example_of_the_readme(platform: Platform, program: Program)
         assert out in result.stdout
 
 
-def test_the_map_of_the_tests_is_true() -> None:
-    """Files that are named exist, each file is named, and so does each promise that is cited."""
-    folder = ROOT / "tests"
-    files = {path.name for path in folder.glob("test_*.py")}
-    own_map = (folder / "README.md").read_text("utf-8")
-    named = {*re.findall(r"\btest_\w+\.py\b", own_map)}
-    assert sorted(named ^ files) == []
-    assert {*re.findall(r"\btest_\w+\.py\b", README)} <= files
-    contract = (folder / "CONTRACT.md").read_text("utf-8")
-    promises = {*re.findall(r"(?m)^ *- (\d\.\d+) ", contract)}
-    for name in sorted(files):
-        text = (folder / name).read_text("utf-8")
-        cited = re.findall(r"[Pp]romises? ((?:\d\.\d+(?:, | and | to |,?))+)", text)
-        unknown = {*re.findall(r"\d\.\d+", " ".join(cited))} - promises
-        assert sorted(unknown) == [], name
+# Exit code and streams of a run in text, which is as docker gives it.
+RUNS: list[tuple[list[str], int, bytes, bytes]] = [
+    (["sh", "-c", r"printf 'a\r\nb'; echo c >&2; exit 37"], 37, b"a\r\nb", b"c"),
+    (["sh", "-c", "kill -9 $$"], 137, b"", b""),
+    (["true"], 0, b"", b""),
+    (["no-such-command"], 127, b"", b"no-such-command: command not found"),
+]
 
 
-# --- a day's work ---------------------------------------------------------------------------------
-
-
-@second_tier  # the transcripts are most of it
-def test_the_documented_commands(newcomer: Program) -> None:
-    result = shell(
-        newcomer,
-        """
-        set -eu
-        bus-containers status >status
-        bus-containers run --profile codex -- sh -c 'printf OK' >run
-        bus-containers runs >runs
-        id=$(sed -n 's/.*"run_id": "\\(.*\\)".*/\\1/p' run)
-        bus-containers delete "$id" >deleted
-        ! bus-containers delete "$id" >again 2>error
-        bus-containers runs >none
-        cat error >&2
-        for file in status run runs deleted again none; do cat $file; printf '\\0'; done
-        """,
-    )
-    assert result.code == 0
-    status, run, runs, deleted, again, none, rest = result.out.split(b"\0")
-    for text in (status, run, runs, deleted):
-        assert as_json(json.loads(text)) == text
-    assert json.loads(status)["items"][0]["state"] == "ready"
-    assert json.loads(run)["stdout"] == "OK"
-    (item,) = json.loads(runs)["items"]
-    run_id, owner = item["run_id"], item["owner_identity_id"]
-    assert run_id == json.loads(run)["run_id"]
-    assert (item["state"], item["exit_code"]) == ("exited", 0)
-    assert json.loads(deleted) == {"deleted": True, "run_id": run_id, "owner_identity_id": owner}
-    assert (again, none, rest) == (b"", as_json({"items": []}), b"")
-    for word in ("404", "not_found", "no such run", run_id, "DELETE"):
-        assert word in result.error
-
-
-GREP = {
-    "stdout": ("printf OK", '"stdout": "OK"', 0),
-    "exit-code": ("printf OK", '"exit_code": 0', 0),
-    "37": ("printf no >&2; exit 37", '"exit_code": 37', 37),
-    "stderr": ("printf no >&2; exit 37", '"stderr": "no"', 37),
-}
-
-
-@pytest.mark.parametrize("name", tiers(GREP, "37"))
-def test_grep_finds_it(name: str, newcomer: Program) -> None:
-    words, pattern, code = GREP[name]
-    script = f"""
-        bus-containers run -- sh -c {shlex.quote(words)} >out && code=0 || code=$?
-        grep -c {shlex.quote(pattern)} out
-        exit $code
-    """
-    assert shell(newcomer, script)[:3] == (code, b"1\n", b"")
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (["sh", "-c", "exit 37"], 37), (["sh", "-c", "exit 255"], 255),
-        (["sh", "-c", "kill -9 $$"], 137), (["true"], 0), (["false"], 1),
-        (["no-such-command-anywhere"], 127),
-    ],
-)  # fmt: skip
-def test_the_exit_code_is_the_commands(
-    words: list[str], code: int, cli: InProcess, platform: Platform
-) -> None:
-    for format_ in ("json", "text", "tsv"):
-        assert cli("--format", format_, "run", "--", *words, at=platform).code == code
-
-
-def test_a_run_over_its_limit(cli: InProcess, platform: Platform) -> None:
+def test_a_run_in_text(cli: InProcess, platform: Platform) -> None:
+    for words, code, out, err in RUNS:
+        result = cli("run", "-f", "text", "--", *words, at=platform)
+        assert (result.code, result.out) == (code, out), words
+        *before, line = result.err.splitlines()
+        assert b"\n".join(before[-1:]) == err
+        assert re.search(rb"run_[0-9a-f]{32}.*\b%d\b" % code, line)
     result = cli("run", "--timeout-seconds", "1", "--", "sleep", "60", at=platform)
     assert (result.code, result.document["exit_code"]) == (124, 124)
-    assert result.seconds < 20
-
-
-def test_text_is_as_docker_gives_it(cli: InProcess, platform: Platform) -> None:
-    script = "printf 'a\\r\\nb'; echo c >&2; exit 3"
-    result = cli("run", "-f", "text", "--", "sh", "-c", script, at=platform)
-    assert (result.code, result.out) == (3, b"a\r\nb")
-    first, line, rest = result.err.split(b"\n")
-    assert (first, rest) == (b"c", b"")
-    assert re.search(rb"run_[0-9a-f]{32}.*\b3\b", line)
-
-
-@pytest.mark.parametrize(
-    ("args", "code"),
-    [(["status"], 1), (["run", "--", "true"], 125), (["runs"], 1), (["delete", "run-1"], 1)],
-    ids=["status", "run", "runs", "delete"],
-)
-def test_a_stopped_platform(args: list[str], code: int, cli: InProcess) -> None:
-    with Platform() as platform:
-        env: Env = {"BUS_AI_API_URL": platform.url, "BUS_AI_TOKEN": platform.token()}
-    result = cli("--timeout", "250ms", *args, env=env)
-    assert (result.code, result.out) == (code, b"")
-    assert str(env["BUS_AI_API_URL"]) in result.error
-    assert not result.spoken.advises
-
-
-def test_another_account_sees_and_deletes_nothing(cli: InProcess, platform: Platform) -> None:
-    run_id = cli("run", "--", "true", at=platform).document["run_id"]
     other = ("--token-file", str(platform.config_dir / "auth" / "other-token"))
     assert cli(*other, "runs", at=platform).document == {"items": []}
-    result = cli(*other, "delete", run_id, at=platform)
-    check_failure(result, 1, "403", "forbidden", "belongs to another account", "DELETE")
-    assert cli("delete", run_id, at=platform).code == 0
-
-
-def test_a_provider_without_a_list_of_runs(cli: InProcess) -> None:
-    with Platform(prefix="CAP/v1", runs_in_status=True) as platform:
-        assert cli("-q", "run", "--", "true", at=platform)[:3] == (0, b"", b"")
-        items = cli("runs", at=platform).document["items"]
-        assert [item["state"] for item in items] == ["exited"]
-        header = cli("runs", "-f", "tsv", at=platform).out.splitlines()[0]
-    assert header == b"run_id\tstate\texit_code\tduration_ms\timage\tstarted_at\tcommand"
 
 
 # --- CONTRACT.md and the map of tests/README.md ---------------------------------------------------

@@ -74,27 +74,23 @@ def container_code(document: Any) -> int:
 
 STATUSES = [
     *["200 OK"] * 12, "201 Created", "202 Accepted", "204 No Content", "206 Partial", "100 X",
-    "199 X", "299 X", "300 X", "302 Found", "400 Bad", "401 No", "402 Pay", "403 No", "404 No",
-    "429 Slow", "499 X", "500 Oops", "502 Bad", "503 Away", "599 X", "600 X", "999 X", "0 X",
-    "-1 X",     "200", "2000 OK", "OK", "", f"403 {CANARY}", "200 \xff", "200 " + "O" * 70_000,
+    "199 X", "302 Found", "400 Bad", "401 No", "402 Pay", "404 No", "499 X", "500 Oops", "502 Bad",
+    "600 X", "-1 X", "200", "2000 OK", "", f"403 {CANARY}", "200 \xff", "200 " + "O" * 70_000,
 ]  # fmt: skip
 HEADERS = [
-    "X: y", "x", ": y", " folded", "X: \xff\x00\x1b[2J", "Content-Encoding: gzip",
-    "Content-Encoding: identity", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip",
-    "Content-Length: 0", "Content-Length: -1", "Content-Length: 1e3", "Content-Length: " + "9" * 30,
+    "x", ": y", " folded", "X: \xff\x00\x1b[2J", "Content-Encoding: gzip",
+    "Transfer-Encoding: chunked", "Transfer-Encoding: gzip", "Content-Length: 0",
+    "Content-Length: -1", "Content-Length: " + "9" * 30,
     "Content-Type: text/html; charset=utf-16", f"Location: http://127.0.0.1/{CANARY}",
-    "Retry-After: 1", f"X-Echo: Bearer {CANARY}", f"{CANARY}: x", "Connection: keep-alive",
-    "X: " + "y" * 70_000, "Set-Cookie: a=b", "HTTP/1.1 200 OK",
+    f"X-Echo: Bearer {CANARY}", f"{CANARY}: x", "X: " + "y" * 70_000, "HTTP/1.1 200 OK",
 ]  # fmt: skip
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 37, 256, 10**30, 0.0, 1.5, "", "0", "OK", "\ud800",
-    "\x1b[2J\u202e", "a\tb\r\nc", [], {}, [0], {"code": 0}, [[[]]], "x" * 5000,
+    None, True, False, 0, -1, 37, 256, 10**30, 1.5, "", "0", "\ud800", "\x1b[2J\u202e", "a\tb\r\nc",
+    [], {}, [0], {"code": 0}, "x" * 5000,
 ]  # fmt: skip
 NOT_JSON = [
-    b"", b" ", b"null", b"[]", b"{", b"}", b"{}{}", b"<html>", b"NaN", b"{'a':1}",
-    b"\xff\xfe{\0}\0", b'{"a":NaN}', b'{"a":' + b"[" * 5000, b'{"a":1e999}',
-    b'{"a":' + b"7" * 9000 + b"}",
-    b'{"":"\0"}',
+    b"", b"null", b"[]", b"{", b"{}{}", b"<html>", b"NaN", b"\xff\xfe{\0}\0", b'{"a":1e999}',
+    b'{"a":' + b"[" * 5000, b'{"a":' + b"7" * 9000 + b"}", b'{"":"\0"}',
 ]  # fmt: skip
 
 
@@ -109,9 +105,8 @@ def random_document(dice: random.Random, name: str) -> Any:
         if dice.random() < 0.2:
             del document[field]
     if dice.random() < 0.1:
-        document = {
-            "error": {"type": dice.choice(VALUES), "message": dice.choice([*VALUES, CANARY])}
-        }
+        error = {"type": dice.choice(VALUES), "message": dice.choice([*VALUES, CANARY])}
+        document = {"error": error}
     return document
 
 
@@ -173,22 +168,24 @@ def test_answers(cli: InProcess, api: Api) -> None:
         assert len(methods) <= 2
         if "json" not in options and (format_, name) != ("text", "run"):
             spoken(result.err)
-        expected = failure_code(name)
-        if answer.is_proper and name == "run":
-            expected = container_code(answer.document)
-            if not answer.document.get("error"):
-                assert result.code == expected, (answer.data, result)
+        failed = failure_code(name)
+        is_good = answer.is_proper and name == "run"
+        expected = container_code(answer.document) if is_good else failed
+        where = (answer.data, result)
+        if is_good and not answer.document.get("error"):
+            assert result.code == expected, where
         # An answer of 204 is whole without a body.
         if answer.is_cut and not answer.is_damaged and not answer.status.startswith("204"):
-            assert result.code == failure_code(name), (answer.data, result)
-        if result.code == failure_code(name) and expected == result.code:
-            assert result.err, (answer.data, result)
-        if result.code != failure_code(name) and options != ["-q"]:
-            assert b"HTTP/1" in answer.data
-            if name == "run" and format_ == "json":
-                assert result.code == container_code(result.document), (answer.data, result)
-            if name == "delete" and format_ == "json":
-                assert result.document["deleted"] is True, (answer.data, result)
+            assert result.code == failed, where
+        if result.code != failed:
+            assert b"HTTP/1" in answer.data, where
+        elif expected == failed:
+            assert result.err, where
+        if result.code != failed and "-q" not in options and format_ == "json":
+            if name == "run":
+                assert result.code == container_code(result.document), where
+            if name == "delete":
+                assert result.document["deleted"] is True, where
         return result.code == 0
 
     successes = each_case(check)
@@ -198,21 +195,19 @@ def test_answers(cli: InProcess, api: Api) -> None:
 # --- command lines and environments -----------------------------------------------------------
 
 JUNK = [
-    "", " ", "-", "--", "--=", "---", "-x", "-vqx", "--nosuch", "--nosuch=1", "--verbose=2",
-    "--tok", "a b", "a\nb", "\u202e", "\x1b[2J", "\udcff", "\ud800", "x" * 5000,
-    "run-1", "..", "a/b", "%2e", "0", "--token", f"--token={CANARY}", "status", "help", "run",
-    "--help", "--version",
+    "", "-", "--", "--=", "-vqx", "--nosuch=1", "--verbose=2", "--tok", "a b", "a\nb", "\u202e",
+    "\udcff", "\ud800", "x" * 5000, "run-1", "..", "a/b", f"--token={CANARY}", "status", "help",
+    "run", "--help", "--version",
 ]  # fmt: skip
 TEXTS = [
-    "", "0", "1", "-1", "1s", "0s", "5ms", "1h", "1e3", "9" * 400, "json", "text", "tsv", "opencli",
-    "auto", "always", "never", ".", "..", "nosuch/dir", "out", "/dev/null", "-", "\udcff", "\0",
-    "a=b", "\u202e", "x" * 5000,
+    "", "0", "-1", "1s", "5ms", "1h", "1e3", "9" * 400, "json", "text", "tsv", "opencli", "always",
+    ".", "nosuch/dir", "out", "/dev/null", "-", "\udcff", "\0", "a=b", "\u202e", "x" * 5000,
 ]  # fmt: skip
 # Nothing that would be looked up by name, or that leaves this machine.
 URLS = [
-    "http://", "http:", "127.0.0.1", "ftp://127.0.0.1", "http://127.0.0.1:99999", "http://[::1",
-    "//", "http://127.0.0.1/?q", "http://u:p@127.0.0.1", "http://127.0.0.1/a b", "http://127.0.0.1:port",
-    "HTTP://127.0.0.1:1/", "http://127.0.0.1\n", "http://127.0.0.1/\u00e4",
+    "http://", "127.0.0.1", "ftp://127.0.0.1", "http://127.0.0.1:99999", "http://[::1", "//",
+    "http://127.0.0.1/?q", "http://u:p@127.0.0.1", "http://127.0.0.1/a b", "HTTP://127.0.0.1:1/",
+    "http://127.0.0.1\n", "http://127.0.0.1/\u00e4",
 ]  # fmt: skip
 
 
@@ -290,11 +285,10 @@ def test_command_lines(cli: InProcess, api: Api) -> None:
         for path in folder.parent.glob("**/out"):
             path.unlink()
         (folder / "token").write_text(CANARY)
-        before: list[str] = []
-        after: list[str] = []
+        line = [command, *words(command)[1:]]
         for _ in range(dice.choice([0, 1, 1, 2, 4])):
-            dice.choice([before, after]).extend(random_option(dice, command, api.url))
-        line = [*before, command, *after, *words(command)[1:]]
+            at = dice.choice([0, line.index(command) + 1])
+            line[at:at] = random_option(dice, command, api.url)
         if dice.random() < 0.1:
             dice.shuffle(line)
         environ = random_environment(dice, api.url)
@@ -304,14 +298,10 @@ def test_command_lines(cli: InProcess, api: Api) -> None:
         where = (line, environ, result)
         assert methods.count("POST") <= 1, where
         assert result.code in (0, 1, 2, 37, 125), where
-        if result.code == 2:
-            assert methods == [], where
-        if result.code == 37:
-            assert methods == ["POST"], where
-        if result.code in (1, 2, 125):
-            assert result.err, where
-        if methods == ["POST"] and result.code != 125:
-            assert result.code == code, where
+        assert result.code != 2 or methods == [], where
+        assert result.code in (0, 37) or result.err, where
+        if methods == ["POST"] or result.code == 37:
+            assert methods == ["POST"] and result.code in (code, 125), where
         return result.code == 0
 
     with nothing_leaves():
