@@ -33,7 +33,7 @@ from local_platform import Platform
 from support import ROOT, Env, Program, Result, python, second_tier, tiers
 
 SOURCE = ROOT / "bus_containers.py"
-BUILD = ROOT / "zipapp" / "build.py"
+BUILD = Path("zipapp", "build.py")
 VERSION = bus_containers.__version__
 VERSION_LINE = f"bus-containers {VERSION}\n".encode()
 MOST_BYTES = 120_000
@@ -42,17 +42,22 @@ Start = Callable[..., Result]
 
 @pytest.fixture
 def start(home: Path) -> Start:
-    """Run a command with an empty HOME and no Bus variable set."""
+    """Run a command with an empty HOME and no Bus variable set, which may write byte code."""
 
-    def run(*command: str | Path, **options: Any) -> Result:
+    def run(*command: str | Path, env: Env | None = None, **options: Any) -> Result:
         words = [str(word) for word in command]
-        return Program(words[:1], home)(*words[1:], **options)
+        env = {"PYTHONDONTWRITEBYTECODE": None, **(env or {})}
+        return Program(words[:1], home)(*words[1:], env=env, **options)
 
     return run
 
 
-def access(platform: Platform) -> Env:
-    return {"BUS_AI_API_URL": platform.url, "BUS_AI_TOKEN": platform.token()}
+def check_command(start: Start, *command: str | Path, **options: Any) -> None:
+    """It gives the container's exit code and its document, and knows its options."""
+    run = start(*command, "run", "sh", "-c", "exit 37", **options)
+    assert (run.code, run.document["exit_code"], run.err) == (37, 37, b"")
+    usage = start(*command, "status", "--no-such-option", **options)
+    assert (usage.code, usage.out, "--no-such-option" in usage.error) == (2, b"", True)
 
 
 # --- wheel, sdist and pip -----------------------------------------------------------------------
@@ -74,37 +79,38 @@ def pip(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-@pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the build backend can be imported: it alone is downloaded."""
+@second_tier
+def test_wheel_and_sdist(tmp_path: Path) -> None:
+    """Built from a copy of the checkout as it is once the tests have been run in it."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("this Python has no pip")
+    tree, wheels, sdists, prefix, backend = (tmp_path / name for name in "twspb")
     requires = re.search(r"(?m)^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text())
     assert requires
-    folder = tmp_path_factory.mktemp("backend")
-    done = pip("install", "--retries=1", "--target", folder, *json.loads(requires[1]))
+    done = pip("install", "--retries=1", "--target", backend, *json.loads(requires[1]))
     if "(from versions: none)" in done.stderr:  # nothing of that name, old or new: no index at all
         pytest.skip("offline: no package index has the build backend")
     assert done.returncode == 0, done.stderr
-    return {**Program([], folder).environ, "PYTHONPATH": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout as it is once the tests have been run in it."""
-    tree = tmp_path_factory.mktemp("tree") / "checkout"
+    env = {**Program([], tmp_path).environ, "PYTHONPATH": str(backend)}
     skip = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
     shutil.copytree(ROOT, tree, ignore=skip)
+    inner = {str(path.relative_to(tree)) for path in tree.rglob("*/*") if path.is_file()}
     for folder in (tree, tree / "tests", tree / "zipapp"):
         (folder / "__pycache__").mkdir()
         (folder / "__pycache__" / "left.cpython-39.pyc").touch()
-    return tree
 
+    code = "import sys, flit_core.buildapi as backend; backend.build_sdist(sys.argv[1])"
+    sdists.mkdir()
+    subprocess.run([sys.executable, "-c", code, sdists], cwd=tree, env=env, check=True)
+    (path,) = sdists.iterdir()
+    with tarfile.open(path) as sdist:
+        names = sdist.getnames()
+    wanted = "CHANGELOG.md Dockerfile LICENSE PKG-INFO README.md bus_containers.py pyproject.toml"
+    expected = sorted({*wanted.split(), *inner})
+    assert path.name == f"bus_containers-{VERSION}.tar.gz"
+    assert sorted(names) == [f"bus_containers-{VERSION}/{name}" for name in expected]
 
-@second_tier
-def test_wheel(tree: Path, backend: dict[str, str], tmp_path: Path) -> None:
-    wheels, prefix = tmp_path / "wheels", tmp_path / "prefix"
-    done = pip("wheel", "--no-deps", "--no-build-isolation", "-w", wheels, tree, env=backend)
+    done = pip("wheel", "--no-deps", "--no-build-isolation", "-w", wheels, tree, env=env)
     assert done.returncode == 0, done.stderr
     (path,) = wheels.iterdir()
     assert path.name == f"bus_containers-{VERSION}-py3-none-any.whl"
@@ -116,44 +122,21 @@ def test_wheel(tree: Path, backend: dict[str, str], tmp_path: Path) -> None:
         assert wheel.read("bus_containers.py") == SOURCE.read_bytes()
         header, _, readme = wheel.read(f"{info}/METADATA").partition(b"\n\n")
     metadata = email.message_from_bytes(header)
-    wanted = {
-        "Name": "bus-containers",
-        "Version": VERSION,
-        "Summary": (ast.get_docstring(ast.parse(SOURCE.read_bytes())) or "").splitlines()[0],
-        "Requires-Python": ">=3.9",
-        "License-Expression": "MIT",
-    }
-    assert {name: metadata[name] for name in wanted} == wanted
-    needed = metadata.get_all("Requires-Dist", [])
-    assert [need for need in needed if "extra ==" not in need] == []
+    summary = (ast.get_docstring(ast.parse(SOURCE.read_bytes())) or "").splitlines()[0]
+    assert (metadata["Name"], metadata["Version"]) == ("bus-containers", VERSION)
+    assert (metadata["Summary"], metadata["Requires-Python"]) == (summary, ">=3.9")
+    assert all("extra ==" in need for need in metadata.get_all("Requires-Dist", []))
     assert readme.strip() == (ROOT / "README.md").read_bytes().strip()
 
     options = ["--no-index", "--no-compile", "--no-warn-script-location"]
-    done = pip("install", *options, "--prefix", prefix, path, env=backend)
+    done = pip("install", *options, "--prefix", prefix, path, env=env)
     assert done.returncode == 0, done.stderr
     (module,) = prefix.rglob("bus_containers.py")
     (script,) = prefix.rglob("bus-containers")
     assert sorted(module.parent.iterdir()) == sorted([module, module.parent / info])
     assert list(script.parent.iterdir()) == [script]
-    env: Env = {"PYTHONPATH": str(module.parent)}
     run = Program([str(script)], tmp_path)
-    assert run("--version", env=env)[:3] == (0, VERSION_LINE, b"")
-
-
-@second_tier
-def test_sdist(tree: Path, backend: dict[str, str], tmp_path: Path) -> None:
-    code = "import sys, flit_core.buildapi as backend; backend.build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tree, env=backend, check=True)
-    (path,) = tmp_path.iterdir()
-    assert path.name == f"bus_containers-{VERSION}.tar.gz"
-    with tarfile.open(path) as sdist:
-        names = [name.split("/", 1) for name in sdist.getnames()]
-    assert {top for top, _ in names} == {f"bus_containers-{VERSION}"}
-    wanted = "CHANGELOG.md Dockerfile LICENSE PKG-INFO README.md bus_containers.py pyproject.toml"
-    files = [path for name in ("tests", "zipapp") for path in (tree / name).rglob("*")]
-    inner = [str(path.relative_to(tree)) for path in files if path.is_file()]
-    expected = [*wanted.split(), *(name for name in inner if not name.endswith(".pyc"))]
-    assert sorted(name for _, name in names) == sorted(expected)
+    assert run("--version", env={"PYTHONPATH": str(module.parent)})[:3] == (0, VERSION_LINE, b"")
 
 
 # --- the one file, copied -------------------------------------------------------------------------
@@ -166,18 +149,17 @@ assert module.__file__.startswith(sys.argv[1]), module.__file__
 client = module.Client(os.environ["BUS_AI_API_URL"], os.environ["BUS_AI_TOKEN"])
 print(module.__version__, client.run(["sh", "-c", "printf OK"])["stdout"])
 """
-COPIES = [  # the file, the name to import it by, and how Python is started
-    ("bus_containers.py", "bus_containers", ["-I", "-S", "-E", "-B"]),
-    ("othername/_vendor/client.py", "othername._vendor.client", ["-OO"]),
-    ("app.zip", "bus_containers", []),
-]
+COPIES = {  # the file, the name to import it by, and how Python is started
+    "bus_containers.py": ("bus_containers", []),
+    "othername/_vendor/client.py": ("othername._vendor.client", ["-OO"]),
+    "app.zip": ("bus_containers", []),
+}
 
 
-@pytest.mark.parametrize(("file", "name", "flags"), COPIES, ids=[row[0] for row in COPIES])
-def test_a_copy(
-    file: str, name: str, flags: list[str], tmp_path: Path, platform: Platform, start: Start
-) -> None:
+@pytest.mark.parametrize("file", COPIES)
+def test_a_copy(file: str, tmp_path: Path, platform: Platform, start: Start) -> None:
     """As a library and as a command, under any name, and nothing is written beside it."""
+    name, flags = COPIES[file]
     app = tmp_path / "app"
     copy = app / file
     copy.parent.mkdir(parents=True)
@@ -187,15 +169,13 @@ def test_a_copy(
     else:
         shutil.copy(SOURCE, copy)
     files = sorted(app.rglob("*"))
-    path = str(copy if copy.suffix == ".zip" else app)
-    words = [sys.executable, *flags, "-c", LIBRARY, path, name]
-    result = start(*words, env=access(platform), cwd=tmp_path)
+    path = copy if copy.suffix == ".zip" else app
+    command = [sys.executable, *flags]
+    result = start(*command, "-B", "-c", LIBRARY, path, name, at=platform, cwd=tmp_path)
     assert result[:3] == (0, f"{VERSION} OK\n".encode(), b"")
     if copy.suffix == ".py":
-        env: Env = {**access(platform), "PYTHONDONTWRITEBYTECODE": None}
-        run = start(sys.executable, *flags, copy, "run", "sh", "-c", "exit 37", env=env)
-        assert (run.code, run.document["exit_code"], run.err) == (37, 37, b"")
-        assert start(sys.executable, *flags, copy, "--help", env=env).out.startswith(b"NAME\n")
+        check_command(start, *command, copy, at=platform)
+        assert start(*command, copy, "--help").out.startswith(b"NAME\n")
     assert sorted(app.rglob("*")) == files
 
 
@@ -214,7 +194,7 @@ def test_the_file_can_be_made_executable(tmp_path: Path, with_python3: Env, star
     copy = tmp_path / "bus-containers"
     shutil.copy(SOURCE, copy)
     copy.chmod(0o755)
-    by_name = [sys.executable, "-m", "bus_containers"]
+    by_name = [sys.executable, "-B", "-m", "bus_containers"]
     for command in ([copy], by_name):
         result = start(*command, "--version", env=with_python3, cwd=SOURCE.parent)
         assert result[:3] == (0, VERSION_LINE, b"")
@@ -241,7 +221,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_system_that_is_not_posix(tmp_path: Path, platform: Platform, start: Start) -> None:
     words = ["-o", tmp_path / "result.json", "run", "--", "sh", "-c", "printf OK; exit 37"]
-    result = start(sys.executable, "-c", ELSEWHERE, SOURCE, *words, env=access(platform))
+    result = start(sys.executable, "-c", ELSEWHERE, SOURCE, *words, at=platform)
     assert (result.code, result.out, result.err) == (37, b"", b"")
     assert json.loads((tmp_path / "result.json").read_text())["stdout"] == "OK"
 
@@ -274,12 +254,12 @@ def test_same_tree_and_python_give_the_same_bytes(
         "PYTHONOPTIMIZE": "2",
         "PYTHONNODEBUGRANGES": "1",
         "PYTHONPATH": str(noise),
+        "PYTHONDONTWRITEBYTECODE": "1",
         "LC_ALL": "C",
         "TZ": "Asia/Tokyo",
     }
-    script = Path("zipapp", "build.py")
-    first = start(builder, script, umask=0o022, cwd=one)
-    second = start(builder, other / script, "-o", "x.pyz", env=loud, umask=0o077, cwd=noise)
+    first = start(builder, BUILD, umask=0o022, cwd=one)
+    second = start(builder, other / BUILD, "-o", "x.pyz", env=loud, umask=0o077, cwd=noise)
     paths = [one / "dist" / "bus_containers.pyz", noise / "x.pyz"]
     for path, shown, result in zip(paths, [paths[0], "x.pyz"], [first, second]):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -303,7 +283,7 @@ DATES = {
 def test_source_date_epoch(epoch: str, tmp_path: Path, start: Start) -> None:
     path = tmp_path / "dated.pyz"
     env: Env = {"SOURCE_DATE_EPOCH": epoch, "TZ": "Asia/Tokyo"}
-    start(sys.executable, BUILD, "-o", path, env=env)
+    start(sys.executable, ROOT / BUILD, "-o", path, env=env)
     with zipfile.ZipFile(path) as zipped:
         assert {info.date_time for info in zipped.infolist()} == {DATES[epoch]}
 
@@ -311,50 +291,31 @@ def test_source_date_epoch(epoch: str, tmp_path: Path, start: Start) -> None:
 @pytest.mark.parametrize("fault", tiers(["SOURCE_DATE_EPOCH", "module", "place"], "module"))
 def test_failed_build_leaves_the_old_archive(fault: str, tmp_path: Path, start: Start) -> None:
     tree = copy_tree(tmp_path / "tree")
-    dist = tree / "dist"
-    dist.mkdir()
-    old = dist / "bus_containers.pyz"
-    old.write_bytes(b"old")
-    env: Env = {}
-    if fault == "SOURCE_DATE_EPOCH":
-        env[fault] = "yesterday"
-    elif fault == "module":
-        (tree / "bus_containers.py").write_text("no python\n")
-    else:
-        old.unlink()
+    old = tree / "dist" / "bus_containers.pyz"
+    old.parent.mkdir()
+    env: Env = {"SOURCE_DATE_EPOCH": "yesterday"} if fault == "SOURCE_DATE_EPOCH" else {}
+    if fault == "place":
         old.mkdir()
-    result = start(sys.executable, tree / "zipapp" / "build.py", env=env)
+    else:
+        old.write_bytes(b"old")
+    if fault == "module":
+        (tree / "bus_containers.py").write_text("no python\n")
+    result = start(sys.executable, tree / BUILD, env=env)
     assert (result.code, result.out) == (1, b"")
     assert result.message.splitlines()[-1].startswith("build.py: ")
-    assert [path.name for path in dist.iterdir()] == ["bus_containers.pyz"]
+    assert list(old.parent.iterdir()) == [old]
     assert old.is_dir() or old.read_bytes() == b"old"
 
 
-# --- what is in the archive -----------------------------------------------------------------------
+# --- the archive ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("archive") / "bus_containers.pyz"
-    build = [sys.executable, str(BUILD), "-o", str(path)]
+    build = [sys.executable, str(ROOT / BUILD), "-o", str(path)]
     subprocess.run(build, check=True, capture_output=True)
     return path
-
-
-def test_entries(archive: Path) -> None:
-    assert archive.read_bytes().startswith(b"#!/usr/bin/env python3\nPK")
-    assert archive.stat().st_size <= MOST_BYTES
-    with zipfile.ZipFile(archive) as zipped:
-        assert zipped.testzip() is None
-        assert zipped.comment == b""
-        entries = [
-            (info.filename, info.date_time, info.create_system, info.external_attr >> 16)
-            for info in zipped.infolist()
-        ]
-        names = ("__main__.py", "__main__.pyc", "bus_containers.py", "bus_containers.pyc")
-        assert entries == [(name, (1980, 1, 1, 0, 0, 0), 3, 0o100644) for name in names]
-        assert zipped.read("bus_containers.py") == SOURCE.read_bytes()
-        assert zipped.read("__main__.py") == (ROOT / "zipapp" / "__main__.py").read_bytes()
 
 
 def _constants(code: types.CodeType) -> Iterator[object]:
@@ -367,23 +328,31 @@ def _constants(code: types.CodeType) -> Iterator[object]:
             yield constant
 
 
-def test_byte_code(archive: Path) -> None:
-    for name in ("__main__", "bus_containers"):
-        with zipfile.ZipFile(archive) as zipped:
-            source, compiled = zipped.read(f"{name}.py"), zipped.read(f"{name}.pyc")
-        flags = b"\1\0\0\0"  # PEP 552: by hash, and never checked
-        head = importlib.util.MAGIC_NUMBER + flags + importlib.util.source_hash(source)
+def test_what_is_in_the_archive(archive: Path) -> None:
+    assert archive.read_bytes().startswith(b"#!/usr/bin/env python3\nPK")
+    assert archive.stat().st_size <= MOST_BYTES
+    with zipfile.ZipFile(archive) as zipped:
+        assert zipped.comment == b""
+        entries = [
+            (info.filename, info.date_time, info.create_system, info.external_attr >> 16)
+            for info in zipped.infolist()
+        ]
+        content = {info.filename: zipped.read(info) for info in zipped.infolist()}
+    names = ("__main__.py", "__main__.pyc", "bus_containers.py", "bus_containers.pyc")
+    assert entries == [(name, (1980, 1, 1, 0, 0, 0), 3, 0o100644) for name in names]
+    for name, source in (("bus_containers", SOURCE), ("__main__", ROOT / "zipapp" / "__main__.py")):
+        assert content[f"{name}.py"] == source.read_bytes()
+        compiled, flags = content[f"{name}.pyc"], b"\1\0\0\0"  # PEP 552: by hash, never checked
+        digest = importlib.util.source_hash(content[f"{name}.py"])
+        head = importlib.util.MAGIC_NUMBER + flags + digest
         assert compiled.startswith(head)
         constants = list(_constants(marshal.loads(compiled[len(head) :])))
         files = {code.co_filename for code in constants if isinstance(code, types.CodeType)}
         assert files == {f"{name}.py"}
-        # Before 3.12 the hash of None, and so of what holds it, is an address: no seed fixes its
-        # order.
+        # Before 3.12 the hash of None is an address: no seed fixes the order of what holds it.
         sets = [constant for constant in constants if isinstance(constant, frozenset)]
         assert all(isinstance(item, (str, int, bytes)) for held in sets for item in held)
 
-
-# --- ways and places to start the archive ---------------------------------------------------------
 
 WAYS = {
     "python X.pyz": ["python3", "bus_containers.pyz"],
@@ -404,12 +373,9 @@ def test_ways_to_start(
         (place / name).chmod(0o555)
     place.chmod(0o555)
     before = sorted(place.iterdir())
-    env: Env = {"PATH": f"{place}:{with_python3['PATH']}", "PYTHONDONTWRITEBYTECODE": None}
-    command = ["env", *WAYS[way]]  # which looks on the PATH that it is given
-    run = start(*command, "run", "sh", "-c", "exit 37", cwd=place, env={**env, **access(platform)})
-    assert (run.code, run.document["exit_code"], run.err) == (37, 37, b"")
-    usage = start(*command, "status", "--no-such-option", cwd=place, env=env)
-    assert (usage.code, usage.out, "--no-such-option" in usage.error) == (2, b"", True)
+    env: Env = {"PATH": f"{place}:{with_python3['PATH']}"}
+    # `env` looks on the PATH that it is given.
+    check_command(start, "env", *WAYS[way], cwd=place, env=env, at=platform)
     code = "import bus_containers; print(bus_containers.__file__)"
     library = start(sys.executable, "-c", code, env={"PYTHONPATH": str(archive)}, cwd=place)
     assert library.out == f"{archive / 'bus_containers.pyc'}\n".encode()
@@ -417,7 +383,26 @@ def test_ways_to_start(
     place.chmod(0o755)
 
 
-# --- Pythons that will not do ---------------------------------------------------------------------
+def slim(library: Path, folder: Path) -> Path:
+    """A PYTHONHOME with a package less, as python3-minimal has it."""
+    place = folder / library.parent.name / library.name
+    place.mkdir(parents=True)
+    for path in library.iterdir():
+        if path.name not in ("http", "site-packages"):
+            (place / path.name).symlink_to(path)
+    return folder
+
+
+def test_a_python_that_will_not_do_is_told(archive: Path, tmp_path: Path, start: Start) -> None:
+    code = "import runpy, sys; sys.version_info = (3, 8); runpy.run_path(sys.argv[1])"
+    told = f"bus-containers: needs Python 3.9 or newer; this is 3.8 ({sys.executable})\n"
+    assert start(sys.executable, "-c", code, archive)[:3] == (2, b"", told.encode())
+    told = (
+        "bus-containers: this Python has no `http`: install `python3`,"
+        f" python3-minimal is not enough ({sys.executable})\n"
+    )
+    env: Env = {"PYTHONHOME": str(slim(Path(sysconfig.get_path("stdlib")), tmp_path / "slim"))}
+    assert start(sys.executable, archive, "--version", env=env)[:3] == (2, b"", told.encode())
 
 
 @second_tier
@@ -426,25 +411,3 @@ def test_an_old_python_is_told(version: str, archive: Path, start: Start) -> Non
     path = python(version)
     told = f"bus-containers: needs Python 3.9 or newer; this is {version} ({path})\n"
     assert start(path, archive, "--version")[:3] == (2, b"", told.encode())
-
-
-def test_a_python_that_says_that_it_is_old_is_told(archive: Path, start: Start) -> None:
-    code = "import runpy, sys; sys.version_info = (3, 8); runpy.run_path(sys.argv[1])"
-    told = f"bus-containers: needs Python 3.9 or newer; this is 3.8 ({sys.executable})\n"
-    assert start(sys.executable, "-c", code, archive)[:3] == (2, b"", told.encode())
-
-
-def test_python_without_http_is_told(archive: Path, tmp_path: Path, start: Start) -> None:
-    # This interpreter with its own standard library, one package less, as python3-minimal has it.
-    library = Path(sysconfig.get_path("stdlib"))
-    slim = tmp_path / "slim" / library.parent.name / library.name
-    slim.mkdir(parents=True)
-    for path in library.iterdir():
-        if path.name not in ("http", "site-packages"):
-            (slim / path.name).symlink_to(path)
-    told = (
-        "bus-containers: this Python has no `http`: install `python3`,"
-        f" python3-minimal is not enough ({sys.executable})\n"
-    )
-    env: Env = {"PYTHONHOME": str(tmp_path / "slim")}
-    assert start(sys.executable, archive, "--version", env=env)[:3] == (2, b"", told.encode())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
 import shlex
 import subprocess
@@ -19,13 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bus_containers
-import local_platform
 from hostile import Hostile, reset
 from local_platform import Platform
-from support import LIMIT, NOWHERE, ROOT, Env, InProcess, Program, as_json
+from support import NOWHERE, ROOT, Env, InProcess, Program, as_json
 
 README = (ROOT / "README.md").read_text("utf-8")
-PLATFORM = str(Path(local_platform.__file__).resolve())
 
 
 # --- the README's own commands and transcripts ----------------------------------------------------
@@ -51,7 +48,6 @@ def transcripts() -> Iterator[list[Shown]]:
 
 
 BLOCKS = list(transcripts())
-TRANSCRIPTS = [shown for block in BLOCKS for shown in block]
 TROUBLE = ("not ready", "connection was lost", "HTTP 401", "HTTP 402", "--timeout-seconds 9")
 DIFFERS = [  # what is another one each time, and what stands for it
     (r"run_[0-9a-f]{32}", "run_ID"),
@@ -73,22 +69,17 @@ def alike(text: str) -> str:
     return text.replace("bus_containers", "bus-containers").strip()
 
 
-def showing(*words: str) -> list[Shown]:
-    return [shown for shown in TRANSCRIPTS if any(word in shown.output for word in words)]
-
-
-def test_the_readme_shows_each_command() -> None:
-    shown = "\n".join(shown.command for shown in TRANSCRIPTS)
-    for name in ("status", "run", "runs", "delete"):
-        assert re.search(rf"bus-containers (\S+ )*?{name}\b", shown), name
-    assert "-- make test" not in README  # nothing of this machine reaches a container
-    assert set(re.findall(r"\btest_\w+\.py\b", README)) <= {*os.listdir(ROOT / "tests")}
+def fails(shown: Shown) -> bool:
+    return any(word in shown.output for word in TROUBLE)
 
 
 def test_transcripts_of_success(program: Program, platform: Platform, folder: Path) -> None:
     """One shell for each block, in which `bus-containers` is the program, and no other run."""
-    good = [block for block in BLOCKS if not {*block} & {*showing(*TROUBLE)}]
-    assert len(good) >= 3
+    good = [block for block in BLOCKS if not any(map(fails, block))]
+    commands = "\n".join(shown.command for block in good for shown in block)
+    for name in ("status", "run", "runs", "delete"):
+        assert re.search(rf"bus-containers (\S+ )*?{name}\b", commands), name
+    assert "-- make test" not in README  # nothing of this machine reaches a container
     start = f'bus_containers() {{ {shlex.join(program.command)} "$@"; }}\nid=run_1\n'
     for block in good:
         platform.reset()
@@ -107,7 +98,7 @@ def test_transcripts_of_success(program: Program, platform: Platform, folder: Pa
 
 def test_transcripts_of_failures(cli: InProcess, platform: Platform) -> None:
     for word in TROUBLE:
-        [shown] = showing(word)
+        [shown] = [shown for block in BLOCKS for shown in block if word in shown.output]
         at: Any = platform
         token = platform.token()
         env: Env = {"BUS_AI_API_URL": NOWHERE} if word == "not ready" else {}
@@ -130,44 +121,25 @@ def test_the_first_command_of_the_readme(program: Program) -> None:
     own, program.command = program.command, [sys.executable, str(ROOT / words[0])]
     result = program(*own, *words[3:])
     assert (result.code, result.err) == (0, b"")
-    document = result.document
-    assert result.out == as_json(document)
-    assert re.fullmatch("run_[0-9a-f]{32}", document.pop("run_id"))
-    assert re.fullmatch("[0-9a-f-]{36}", document.pop("owner_identity_id"))
-    assert 0 <= document.pop("duration_ms") < 60_000
-    assert list(document.items()) == [
-        ("runner_name", "local-runner"),
-        ("image", "localhost/codex"),
-        ("args", ["sh", "-c", "printf OK"]),
-        ("exit_code", 0),
-        ("stdout", "OK"),
-        ("stderr", ""),
-        ("runtime", "process"),
-    ]
+    assert result.out == as_json(result.document)
+    assert (result.document["exit_code"], result.document["stdout"]) == (0, "OK")
 
 
 def test_the_library_example_of_the_readme(platform: Platform, program: Program) -> None:
     [block] = re.findall(r"(?m)^    import bus_containers\n(?:(?:    .*)?\n)+", README)
-    source = inspect.cleandoc(block)
-    ast.parse(source)
+    program.command = [sys.executable, "-W", "error", "-c", inspect.cleandoc(block)]
+    program.environ["PYTHONPATH"] = str(Path(inspect.getfile(bus_containers)).parent)
     for url, out in ((platform.url, b"0 "), ("not a URL", b"BUS_AI_API_URL")):
-        environ = program.env(
-            BUS_AI_API_URL=url,
-            BUS_AI_TOKEN=platform.token(),
-            PYTHONPATH=str(Path(inspect.getfile(bus_containers)).parent),
-        )
-        words = [sys.executable, "-W", "error", "-c", source]
-        result = subprocess.run(words, env=environ, capture_output=True, timeout=LIMIT)
-        assert (result.returncode, result.stderr) == (0, b""), url
-        assert out in result.stdout
+        result = program(at=platform, env={"BUS_AI_API_URL": url})
+        assert (result.code, result.err) == (0, b""), url
+        assert out in result.out
 
 
-# Exit code and streams of a run in text, which is as docker gives it.
+# Words, exit code and streams of a run in text, which is as docker gives it.
 RUNS: list[tuple[list[str], int, bytes, bytes]] = [
-    (["sh", "-c", r"printf 'a\r\nb'; echo c >&2; exit 37"], 37, b"a\r\nb", b"c"),
+    (["sh", "-c", r"printf 'a\r\nb'; echo c >&2; exit 37"], 37, b"a\r\nb", b"c\n"),
     (["sh", "-c", "kill -9 $$"], 137, b"", b""),
-    (["true"], 0, b"", b""),
-    (["no-such-command"], 127, b"", b"no-such-command: command not found"),
+    (["no-such-command"], 127, b"", b"no-such-command: command not found\n"),
 ]
 
 
@@ -175,9 +147,8 @@ def test_a_run_in_text(cli: InProcess, platform: Platform) -> None:
     for words, code, out, err in RUNS:
         result = cli("run", "-f", "text", "--", *words, at=platform)
         assert (result.code, result.out) == (code, out), words
-        *before, line = result.err.splitlines()
-        assert b"\n".join(before[-1:]) == err
-        assert re.search(rb"run_[0-9a-f]{32}.*\b%d\b" % code, line)
+        line = rb"bus-containers: run run_[0-9a-f]{32} ended with exit code %d after [0-9.]+ m?s\n"
+        assert re.fullmatch(rb"(.*\n)?%s" % err + line % code, result.err), result.err
     result = cli("run", "--timeout-seconds", "1", "--", "sleep", "60", at=platform)
     assert (result.code, result.document["exit_code"]) == (124, 124)
     other = ("--token-file", str(platform.config_dir / "auth" / "other-token"))
@@ -208,6 +179,6 @@ def test_each_promise_is_cited_and_found_where_the_map_says() -> None:
     assert set().union(*cited.values()) == made
     readme = (tests / "README.md").read_text("utf-8")
     mapped = dict(re.findall(r"^\| `(test_\w+\.py)` \|(.*)\|$", readme, re.MULTILINE))
-    assert mapped.keys() == cited.keys()
+    assert mapped.keys() == cited.keys() >= {*re.findall(r"\btest_\w+\.py\b", README)}
     for name, row in mapped.items():
         assert promises(row) <= cited[name], name
