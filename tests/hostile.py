@@ -530,36 +530,27 @@ class Certificates:
         return server
 
     def _authority(self, name: str) -> Path:
-        path = self.folder / f"{name}.pem"
-        self._openssl(
-            f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
-            f" -subj /CN=hostile-{name} -addext keyUsage=critical,keyCertSign,cRLSign"
-            f" -keyout {name}.key -out {path.name}"
-        )
-        return path
+        extension = "-addext keyUsage=critical,keyCertSign,cRLSign"
+        self._openssl(f"req -x509 -days 2 {self._new(name)} {extension} -out {name}.pem")
+        return self.folder / f"{name}.pem"
 
     def _issue(self, name: str, names: str, days: int = 2) -> Path:
-        path = self.folder / f"{name}.pem"
-        extensions = self.folder / f"{name}.ext"
-        extensions.write_text(f"subjectAltName={names}\nauthorityKeyIdentifier=keyid\n")
-        self._openssl(
-            f"req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=hostile-{name}"
-            f" -keyout {name}.key -out {name}.csr"
-        )
+        extensions = f"subjectAltName={names}\nauthorityKeyIdentifier=keyid\n"
+        (self.folder / f"{name}.ext").write_text(extensions)
+        self._openssl(f"req {self._new(name)} -out {name}.csr")
         self._openssl(
             f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days {days}"
-            f" -extfile {extensions.name} -out {path.name}"
+            f" -extfile {name}.ext -out {name}.pem"
         )
-        return path
+        return self.folder / f"{name}.pem"
+
+    def _new(self, name: str) -> str:
+        key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+        return f"{key} -subj /CN=hostile-{name} -keyout {name}.key"
 
     def _openssl(self, arguments: str) -> None:
-        subprocess.run(
-            ["openssl", *shlex.split(arguments)],
-            cwd=self.folder,
-            check=True,
-            capture_output=True,
-            timeout=LIMIT,
-        )
+        command = ["openssl", *arguments.split()]
+        subprocess.run(command, cwd=self.folder, check=True, capture_output=True, timeout=LIMIT)
 
 
 def why_no_openssl() -> str:
@@ -571,7 +562,7 @@ class AlertingTls:
     """TLS 1.2 as a server, over a `Connection`: it sends any alert at any moment.
 
     Python's ssl makes the handshake and reads. It sends no alerts but its own, so what is sent
-    after the handshake is sealed here, with the key that RFC 5246 and RFC 7905 derive.
+    after the handshake is sealed here, with the keys that RFC 5246 derives, as RFC 7366 has it.
     """
 
     def __init__(self, connection: Connection, certificates: Certificates) -> None:
@@ -579,7 +570,7 @@ class AlertingTls:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = certificates.context(certificates.good)
         context.maximum_version = ssl.TLSVersion.TLSv1_2
-        context.set_ciphers("ECDHE-ECDSA-CHACHA20-POLY1305")
+        context.set_ciphers("ECDHE-ECDSA-AES128-SHA256")
         with tempfile.NamedTemporaryFile() as log:
             context.keylog_filename = log.name
             self._tls = context.wrap_bio(self._in, self._out, server_side=True)
@@ -587,11 +578,11 @@ class AlertingTls:
             client_random, master = map(bytes.fromhex, Path(log.name).read_text().split()[-2:])
         seed = b"key expansion" + hello[11:43] + client_random
         block, chained = b"", seed
-        while len(block) < 88:
+        while len(block) < 96:
             chained = hmac.digest(master, chained, "sha256")
             block += hmac.digest(master, chained + seed, "sha256")
-        self._key, self._iv = block[32:64], block[76:88]
-        self._records = 1  # sent under the key; the first ended the handshake
+        self._mac_key, self._key = block[32:64], block[80:96].hex()
+        self._records = 1  # sent under the keys; the first ended the handshake
 
     def _shake_hands(self) -> bytes:
         """Return the first that was sent, which begins with the server's hello."""
@@ -632,28 +623,15 @@ class AlertingTls:
         self._seal(21, bytes([2, number]))
 
     def _seal(self, kind: int, data: bytes) -> None:
-        header = struct.pack(">QBHH", self._records, kind, 0x303, len(data))
-        nonce = bytes(a ^ b for a, b in zip(self._iv, struct.pack(">4xQ", self._records)))
-        command = f"openssl enc -chacha20 -K {self._key.hex()} -iv {bytes(4).hex()}{nonce.hex()}"
-        made = subprocess.run(
-            command.split(), input=bytes(64 + len(data)), stdout=subprocess.PIPE, check=True
-        )
-        stream = made.stdout
-        sealed = bytes(a ^ b for a, b in zip(data, stream[64:]))
-        sealed += poly1305(stream[:32], header, sealed)
+        pad = 15 - len(data) % 16
+        command = f"openssl enc -aes-128-cbc -nopad -K {self._key} -iv {bytes(16).hex()}"
+        padded = data + bytes([pad]) * (pad + 1)
+        made = subprocess.run(command.split(), input=padded, stdout=subprocess.PIPE, check=True)
+        sealed = bytes(16) + made.stdout
+        header = struct.pack(">QBHH", self._records, kind, 0x303, len(sealed))
+        sealed += hmac.digest(self._mac_key, header + sealed, "sha256")
         self._records += 1
         self._connection.send(struct.pack(">BHH", kind, 0x303, len(sealed)) + sealed)
-
-
-def poly1305(key: bytes, *parts: bytes) -> bytes:
-    """The tag of RFC 8439 for these parts, padded and counted."""
-    text = b"".join(part + bytes(-len(part) % 16) for part in parts)
-    text += struct.pack("<QQ", *map(len, parts))
-    factor = int.from_bytes(key[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
-    tag = 0
-    for at in range(0, len(text), 16):
-        tag = (tag + int.from_bytes(text[at : at + 16] + b"\1", "little")) * factor % (2**130 - 5)
-    return ((tag + int.from_bytes(key[16:], "little")) % 2**128).to_bytes(16, "little")
 
 
 # --- name resolution, really ------------------------------------------------------------------
