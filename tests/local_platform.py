@@ -97,25 +97,16 @@ def billing_error(billing: Billing) -> ApiError:
     if billing == "required":
         message = "billing is not set up for this account"
         return ApiError(402, "billing_required", message, action="setup_billing", command=command)
-    return ApiError(
-        402,
-        "quota_exceeded",
-        "the container runtime of this month is used up",
-        action="upgrade_plan",
-        command=command,
-        plan_id="local-small",
-        recommended_plan="local-large",
-        usage={
-            "feature": "container:run",
-            "meter_event_name": "bus_container_runtime_seconds",
-            "window": "month",
-            "used": 3600,
-            "limit": 3600,
-            "remaining": 0,
-            "exceeded": True,
+    quota: Document = {
+        "plan_id": "local-small", "recommended_plan": "local-large",
+        "usage": {
+            "feature": "container:run", "meter_event_name": "bus_container_runtime_seconds",
+            "window": "month", "used": 3600, "limit": 3600, "remaining": 0, "exceeded": True,
             "upgrade_plan_id": "local-large",
         },
-    )
+    }  # fmt: skip
+    message = "the container runtime of this month is used up"
+    return ApiError(402, "quota_exceeded", message, action="upgrade_plan", command=command, **quota)
 
 
 # --- Tokens: JWT (RFC 7519) with HS256 --------------------------------------------------------
@@ -309,14 +300,9 @@ class Run:
                 self.exit_code = self._killed_as
                 return None
             self._process = subprocess.Popen(
-                [word.encode() for word in words],
-                cwd=folder,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+                [word.encode() for word in words], cwd=folder, env=environ, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
             return self._process
 
     def _collect(self, process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
@@ -660,20 +646,14 @@ def platform_of(argv: list[str]) -> Platform:
     add("--billing", choices=["required", "quota"], help="refuse every run with 402")
     add("--engine", type=shlex.split, default=[], help="the words before image and command")
     add("--prefix", default="", help="serve below this path")
-    add(
-        "--profile-image",
-        type=_profile_image,
-        action="append",
-        default=[],
-        metavar="NAME=IMAGE",
-        help="the image of a profile, a known one or a new one",
-    )
+    image: dict[str, Any] = {"type": _profile_image, "action": "append", "metavar": "NAME=IMAGE"}
+    add("--profile-image", help="the image of a profile, a known one or a new one", **image)
     add("--runs-in-status", action="store_true", help="list runs in /status; no GET /runs")
     add("--verbose", action="store_true", help="log each request on standard error")
     options = parser.parse_args(argv)
     if options.engine and not shutil.which(options.engine[0]):
         parser.error(f"--engine: {options.engine[0]}: command not found")
-    options.profile_images = dict(options.__dict__.pop("profile_image"))
+    options.profile_images = dict(options.__dict__.pop("profile_image") or ())
     return Platform(**vars(options))
 
 

@@ -137,31 +137,6 @@ def watched(tmp_path: Path) -> Watched:
 # --- tokens -----------------------------------------------------------------------------------
 
 
-def forged(platform: Platform) -> str:
-    """Another account's claims under a good signature."""
-    head, _, signature = platform.token().split(".")
-    return f"Bearer {head}.{platform.token(account='other').split('.')[1]}.{signature}"
-
-
-def another_algorithm(platform: Platform) -> str:
-    """Good but for its header, which does not say HS256."""
-    claims = json.loads(base64.urlsafe_b64decode(platform.token().split(".")[1] + "=="))
-    return f"Bearer {local_platform.mint(claims, platform._key, 'none')}"
-
-
-REFUSED_TOKENS: list[Callable[[Platform], str | None]] = [
-    lambda platform: None,
-    lambda platform: f"Basic {platform.token()}",
-    lambda platform: "Bearer",
-    lambda platform: "Bearer opaque",
-    lambda platform: "Bearer \xe9.\xe9.\xe9",
-    lambda platform: f"Bearer {Platform().token(account=platform.account)}",
-    lambda platform: f"Bearer {platform.token().rpartition('.')[0]}.",
-    lambda platform: f"Bearer {platform.token()[:-1]}",
-    lambda platform: f"Bearer {platform.token()}!",
-    forged,
-    another_algorithm,
-]
 REFUSED_CLAIMS: list[dict[str, Any]] = [
     {"expires_in": -1}, {"expires_in": None}, {"exp": "2999-01-01"}, {"not_before": 60},
     {"audience": f"{AUDIENCE}/2"}, {"audience": ["ai.hg.fi", "api"]}, {"audience": None},
@@ -174,23 +149,28 @@ ACCEPTED_CLAIMS: list[dict[str, Any]] = [
 
 def test_which_tokens_are_good(platform: Platform) -> None:
     """Promise 1.6."""
-    refused = [make(platform) for make in REFUSED_TOKENS]
-    refused += [f"Bearer {platform.token(**claims)}" for claims in REFUSED_CLAIMS]
+    good, another = platform.token(), platform.token(account="another")
+    head, claims, signature = good.split(".")
+    said = json.loads(base64.urlsafe_b64decode(claims + "=="))
+    refused = [
+        None, f"Basic {good}", "Bearer", "Bearer opaque", "Bearer \xe9.\xe9.\xe9",
+        f"Bearer {head}.{claims}.", f"Bearer {good[:-1]}", f"Bearer {good}!",
+        f"Bearer {head}.{another.split('.')[1]}.{signature}",
+        f"Bearer {Platform().token(account=platform.account)}",
+        f"Bearer {local_platform.mint(said, platform._key, 'none')}",
+        *(f"Bearer {platform.token(**changes)}" for changes in REFUSED_CLAIMS),
+    ]  # fmt: skip
     told = {"type": "invalid_auth", "message": "missing or invalid bearer token"}
     for token in refused:
         reply = call(platform, "GET /status", authorization=token)
         assert reply == (401, {"error": told}), token
-    for claims in ACCEPTED_CLAIMS:
-        for scheme in ("Bearer", "bearer"):
-            token = f"{scheme} {platform.token(**claims)}"
-            assert call(platform, "GET /status", authorization=token).status == 200, claims
+    for changes in ACCEPTED_CLAIMS:
+        token = f"bearer {platform.token(**changes)}"
+        assert call(platform, "GET /status", authorization=token).status == 200, changes
     for file, account in (("api-token", platform.account), ("other-token", platform.other_account)):
         token = (platform.config_dir / "auth" / file).read_text().strip()
         reply = call(platform, "POST /runs", OK_RUN, f"Bearer {token}")
         assert reply.document["owner_identity_id"] == account
-
-
-def test_each_call_has_its_scope(platform: Platform) -> None:
     words = "read GET /status", "read GET /runs", "run POST /runs", "delete DELETE /runs/x"
     for word, line in (row.split(" ", 1) for row in words):
         allowed = 404 if word == "delete" else 200
