@@ -98,7 +98,7 @@ def other(platform: Platform) -> str:
 @pytest.fixture
 def background() -> Iterator[Background]:
     """Make runs in threads of their own."""
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(1) as pool:
         yield lambda *args: pool.submit(run, *args)
 
 
@@ -431,29 +431,6 @@ def test_run_goes_on_without_its_client(
     assert items(platform)[0]["exit_code"] == 3
 
 
-def test_its_end_ends_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: Watched, background: Background
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    threads, clients = {*threading.enumerate()}, 8
-    with Platform() as platform:
-        idle = socket.create_connection(address(platform), LIMIT)
-        posts = [background(platform, *watched.words()) for _ in range(clients)]
-        watched.begun(clients)
-        assert [item["state"] for item in items(platform)] == ["running"] * clients
-        assert platform.config_dir.is_dir()
-    for post in posts:
-        assert isinstance(post.exception(LIMIT), (OSError, http.client.HTTPException))
-    with idle:
-        assert idle.recv(1) == b""
-    assert len({*threading.enumerate()} - threads) == clients  # those that made the calls
-    assert list((tmp_path / "tmp").iterdir()) == []
-    watched.ended()
-    with pytest.raises(ConnectionRefusedError):
-        call(platform, "GET /status")
-
-
 # Its containers are processes of a session of their own, as an engine's are no children of its
 # client; only `kill` with the container's name ends them.
 ENGINE = """#!/bin/sh
@@ -541,7 +518,7 @@ def test_command_lines(
     for name, (args, result) in COMMANDS.items():
         assert (local_platform.main(args), *capfd.readouterr()) == result, name
         assert list(tmp_path.iterdir()) == []
-        assert {*threading.enumerate()} <= threads
+        assert {*threading.enumerate()} <= threads, name
     for line, told in {**USAGE_ERRORS, "--help true": ""}.items():
         with pytest.raises(SystemExit) as leaving:
             local_platform.main(line.split())
@@ -578,22 +555,25 @@ def end_of(process: subprocess.Popen[bytes]) -> tuple[int, bytes, bytes]:
 
 @pytest.mark.parametrize("number", tiers([signal.SIGINT, signal.SIGHUP], signal.SIGINT))
 def test_serve_until_a_signal(script: Program, number: signal.Signals, watched: Watched) -> None:
-    """Without COMMAND: the two exports work in a shell, and a run ends with the platform.
+    """Without COMMAND: the two exports work in a shell, and runs end with the platform.
 
     Standard error says what this is and how it ends; standard output is for `eval`.
     """
     process = script.start(start_new_session=True)
     assert process.stdout
     exports = (process.stdout.readline() + process.stdout.readline()).decode()
-    assert re.fullmatch("export BUS_CONFIG_DIR=.*\nexport BUS_AI_API_URL=.*\n", exports)
-    line = f"{exports} exec $CLI run -- {shlex.join(watched.words())}"
-    client = subprocess.Popen(["sh", "-c", line], env=script.env(), stderr=subprocess.DEVNULL)
-    watched.begun()
-    process.send_signal(number)
-    code, out, err = end_of(process)
+    told = re.fullmatch("export BUS_CONFIG_DIR=.*\nexport BUS_AI_API_URL=.*:(.*)\n", exports)
+    assert told
+    line = f"{exports} exec $CLI run -- {shlex.join(watched.words())} 2>/dev/null"
+    clients = [subprocess.Popen(["sh", "-c", line], env=script.env()) for _ in range(2)]
+    with socket.create_connection(("127.0.0.1", int(told[1])), LIMIT) as idle:
+        watched.begun(len(clients))
+        process.send_signal(number)
+        code, out, err = end_of(process)
+        assert idle.recv(1) == b""
     assert (code, out, b"until Ctrl-C" in err) == (0, b"", True)
     watched.ended()
-    assert client.wait(LIMIT) == 125
+    assert [client.wait(LIMIT) for client in clients] == [125, 125]
 
 
 @pytest.mark.parametrize("code", [143, 5], ids=["SIGTERM", "Ctrl-C"])
