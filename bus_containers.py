@@ -1816,8 +1816,8 @@ _COMMANDS = {
         "GET", 1, "id state owner details",
         "show whether the platform is ready",
         "Prints the state of the account's container runner. With --wait it asks\n"
-        "again while there is no token, name, port or answer, and while the runner\n"
-        "is starting, pending or provisioning.",
+        "again while there is no token file, name, port or answer, and while the\n"
+        "runner is starting, pending or provisioning.",
         [],
         [("bus-containers status --wait 2m", "wait for the platform")],
     ),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import bus_containers
 from hostile import Hostile, reset
 from local_platform import Platform
-from support import NOWHERE, ROOT, Env, InProcess, Program, as_json
+from support import LIMIT, NOWHERE, ROOT, Env, InProcess, Program, as_json
 
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -178,3 +178,11 @@ def test_each_promise_is_cited_and_found_where_the_map_says() -> None:
     assert mapped.keys() == cited.keys() >= {*re.findall(r"\btest_\w+\.py\b", README)}
     for name, row in mapped.items():
         assert promises(row) <= cited[name], name
+
+
+def test_a_target_that_is_not_built(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", f"--target={tmp_path / 'none.pyz'}", "--co", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    assert (done.returncode, len(said)) == (4, 1)
+    assert said[0].endswith("does not exist: build it first with `python3 zipapp/build.py`")
