@@ -2259,9 +2259,11 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
     if descriptor is not None:
         _write_all(descriptor, pieces)
         return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
     for piece in pieces:
-        stream.write(piece.encode(encoding, "backslashreplace").decode(encoding))
+        try:
+            stream.write(piece.encode("utf-8", "backslashreplace").decode())
+        except UnicodeEncodeError as error:  # rather than lose what its encoding lacks
+            stream.write(piece.encode(error.encoding, "backslashreplace").decode(error.encoding))
     stream.flush()
 
 

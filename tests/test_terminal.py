@@ -23,7 +23,6 @@ import pytest
 
 from hostile import Api, Connection, Hostile, Script, answer, held, message, silent
 from support import (
-    BODIES,
     LIMIT,
     Env,
     InProcess,
@@ -33,7 +32,6 @@ from support import (
     as_json,
     check_each,
     fill,
-    second_tier,
     spoken,
     words,
 )
@@ -143,82 +141,27 @@ IMAGE = ("run", "--image", "registry.example/image:tag", "--", "sh", "-c", "x" *
 SHOWN = {
     "limits": Shown(("run", "--profile", "agent", "--timeout-seconds", "90", "make", "test"),
                     "1 s of 90 s  agent: make test"),
-    "timeout": Shown(("--timeout", "45s", *RUN), "1 s of 45 s  codex: sleep 60"),
-    "no-limit": Shown(("--timeout", "0", *RUN), "1 s  codex: sleep 60"),
+    "no-limit": Shown(("--color", "always", "--timeout", "0", *RUN), "1 s  codex: sleep 60"),
     "narrow": Shown(IMAGE, "1 s of 30 min  registry.example/image:t", 40),
     "unknown-size": Shown(IMAGE, f"1 s of 30 min  registry.example/image:tag: sh -c {'x' * 30}", 0),
     "odd": Shown(("run", "\u4f60\u200ba\x1b[2J\x07\x9b\r\n\tb\x7f"),
                  "1 s of 30 min  codex: \\u4f60\\u200ba\\x1b[2J\\x07\\x9b\\r\\n\\tb\\x7f"),
-    "color": Shown(("--color", "always", "-f", "tsv", *RUN), LINE),
     "wait": Shown(("status", "--wait", "50s"), "1 s of 50 s  waiting for the platform"),
 }  # fmt: skip
 
 
-def check_shown(name: str, program: Program) -> None:
-    """Until there is a result, the line is there; then nothing is left of it."""
-    case = SHOWN[name]
-    screen = watched(program, *case.args, line=case.line, columns=case.columns)
-    assert screen.rows == [""]
-    assert {at_first(line) for line in screen.drawn} == {case.line}
-    assert all(len(line) < (case.columns or 80) for line in screen.drawn)
-
-
 @scene
 def what_is_in_progress_is_shown_in_place(program: Program) -> None:
-    """Promise 3.22: a run, and a wait."""
-    check_each(lambda name: check_shown(name, program), ["narrow", "wait"])
+    """Promise 3.22: until there is a result, the line is there; then nothing is left of it."""
 
+    def check(name: str) -> None:
+        case = SHOWN[name]
+        screen = watched(program, *case.args, line=case.line, columns=case.columns)
+        assert screen.rows == [""]
+        assert {at_first(line) for line in screen.drawn} == {case.line}
+        assert all(len(line) < (case.columns or 80) for line in screen.drawn)
 
-@second_tier
-def test_more_of_what_is_in_progress(program: Program) -> None:
-    check_each(lambda name: check_shown(name, program), [*SHOWN], workers=8)
-
-
-HIDDEN: dict[str, tuple[Words, Env]] = {
-    "pipe": (("--color", "always", *RUN), {}),
-    "quiet": (("--quiet", *RUN), XTERM),
-    "errors-as-json": (("--error-format", "json", *RUN), XTERM),
-    "dumb": (("--color", "always", *RUN), {"TERM": "dumb"}),
-}
-
-
-def await_requests(server: Hostile, count: int) -> None:
-    end = time.monotonic() + LIMIT
-    while len(server.requests) < count and time.monotonic() < end:
-        server.ending.wait(0.01)
-    assert len(server.requests) == count
-
-
-@scene
-def where_nothing_is_shown_and_how_often_something_is(program: Program) -> None:
-    """Promise 3.22: those that show nothing began before one that has shown its second second."""
-    release = threading.Event()
-    with ExitStack() as stack:
-        server = stack.enter_context(Hostile(held(release, message(DOCUMENT))))
-
-        def start(args: Words, env: Env) -> tuple[Terminal, subprocess.Popen[bytes]]:
-            terminal = stack.enter_context(Terminal())
-            err = terminal.end if env else subprocess.PIPE
-            process = stack.enter_context(program.start(*args, at=server, env=env, stderr=err))
-            stack.callback(process.kill)
-            terminal.release()
-            return terminal, process
-
-        hidden = {name: start(*case) for name, case in HIDDEN.items()}
-        await_requests(server, len(HIDDEN))
-        witness, process = start(RUN, XTERM)
-        witness.read_until(lambda shown: shown.count(b"sleep 60") > 1)
-        release.set()
-        witness.read_all()
-        drawn = Screen(witness.shown).drawn
-        assert len({*drawn}) == len(drawn) > 1
-        assert {at_first(line) for line in drawn} == {LINE}
-        assert process.wait(LIMIT) == 0
-        for name, (terminal, process) in hidden.items():
-            shown = terminal.read_all()
-            out, err = process.communicate(timeout=LIMIT)
-            printed = b"" if name == "quiet" else as_json(RESULT)
-            assert (process.returncode, out, shown, err or b"") == (0, printed, b"", b""), name
+    check_each(check, [*SHOWN], workers=len(SHOWN))
 
 
 # A process for which five minutes pass in less than a second, once it has been told. Connecting
@@ -231,41 +174,57 @@ time.monotonic = lambda: clock() + (500 * (clock() - told[0]) if told else 0)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+STILL = rb"(bus-containers: still waiting after ([0-9]+) min  codex: sleep 60\n)"
+# Options, the kind of terminal, if it is one, and what is shown after more than five minutes.
+LONG: dict[str, tuple[Words, str, bytes]] = {
+    "quiet": (("--quiet",), "", b""),
+    "quiet-on-a-terminal": (("--quiet",), "xterm", b""),
+    "errors-as-json": (("--error-format", "json"), "", b""),
+    "errors-as-json-on-a-terminal": (("--error-format", "json"), "xterm", b""),
+    "pipe": (("--color", "always"), "", STILL + b"{2,}"),
+    "dumb": (("--color", "always"), "dumb", STILL + b"{2,}"),
+    "terminal": ((), "xterm", rb"(?:(?:\r\x1b\[K)?[0-9]+ (?:s|min)  codex: sleep 60){2,}\r\x1b\[K"),
+}
 
 
 @scene
-def a_line_every_five_minutes_where_there_is_no_terminal(program: Program) -> None:
-    """Promise 3.22, so that CI does not end the job; those that are silent were told before."""
+def what_is_shown_of_a_long_run(program: Program) -> None:
+    """Promise 3.22: without a terminal, a line every five minutes, so that CI does not end it."""
     fast = Program([sys.executable, "-c", FAST, program.command[-1]], program.home)
     release = threading.Event()
     with ExitStack() as stack:
         server = stack.enter_context(Hostile(held(release, message(DOCUMENT))))
-
-        def start(*options: str) -> subprocess.Popen[bytes]:
-            process = fast.start("--timeout", "0", *options, *RUN, at=server)
-            stack.enter_context(process)
+        calls = {}
+        for name, (options, term, _) in LONG.items():
+            terminal = stack.enter_context(Terminal())
+            err, env = (terminal.end, {**XTERM, "TERM": term}) if term else (subprocess.PIPE, None)
+            args = ("--timeout", "0", *options, *RUN)
+            process = stack.enter_context(fast.start(*args, at=server, env=env, stderr=err))
             stack.callback(process.kill)
-            return process
-
-        quiet = [start("--quiet"), start("--error-format", "json")]
-        loud = start()
-        await_requests(server, 3)
-        for process in (*quiet, loud):
+            terminal.release()
+            calls[name] = terminal, process
+        end = time.monotonic() + LIMIT
+        while len(server.requests) < len(LONG) and time.monotonic() < end:
+            server.ending.wait(0.01)
+        for _, process in calls.values():
             process.send_signal(signal.SIGUSR1)
-        assert loud.stderr is not None
+        for name in ("terminal", "dumb"):
+            calls[name][0].read_until(lambda shown: shown.count(b"sleep 60") > 1)
+        loud = calls["pipe"][1]
         patience = threading.Timer(LIMIT, loud.kill)
         patience.start()
         stack.callback(patience.cancel)
-        lines = "".join(loud.stderr.readline().decode() for _ in range(2))
-        said = re.fullmatch(
-            r"(?:bus-containers: still waiting after ([0-9]+) min  codex: sleep 60\n){2}", lines
-        )
-        assert said, lines
-        assert int(said[1]) >= 10
+        assert loud.stderr is not None
+        first = loud.stderr.readline() + loud.stderr.readline()
         release.set()
-        assert loud.communicate(timeout=LIMIT)[0] == as_json(RESULT)
-        for process, printed in zip(quiet, (b"", as_json(RESULT))):
-            assert process.communicate(timeout=LIMIT) == (printed, b"")
+        for name, (terminal, process) in calls.items():
+            out, said = process.communicate(timeout=LIMIT)
+            shown = terminal.read_all() + (first if name == "pipe" else b"") + (said or b"")
+            printed = b"" if "quiet" in name else as_json(RESULT)
+            assert (process.returncode, out) == (0, printed), name
+            found = re.fullmatch(LONG[name][2], shown)
+            assert found, (name, shown)
+            assert name not in ("pipe", "dumb") or int(found[2]) >= 10
 
 
 @scene
@@ -287,37 +246,36 @@ def notes_amid_a_run_stand_on_lines_of_their_own(program: Program) -> None:
     assert sum("bytes" in row for row in rows) == 1
 
 
-@pytest.mark.parametrize(
-    ("stdout", "stderr", "shown"),
-    [
-        ("OK", "", f"OK\n{CLOSING}\n"),
-        ("OK\n", "", f"OK\n{CLOSING}\n"),
-        ("", "", f"{CLOSING}\n"),
-        ("OK\n", "bad", f"OK\nbad\n{CLOSING}\n"),
-        ("OK", "bad\n", f"OKbad\n{CLOSING}\n"),
-    ],
-)
-def test_the_closing_line_has_a_line_of_its_own(
-    stdout: str, stderr: str, shown: str, cli: InProcess, api: Api
-) -> None:
+def test_the_closing_line_has_a_line_of_its_own(cli: InProcess, api: Api) -> None:
     """Promise 3.15, on a terminal; into a file the output goes as it is."""
-    api.answers({**RESULT, "stdout": stdout, "stderr": stderr})
-    with Terminal() as terminal:
-        cli("-f", "text", *RUN, at=api, stdout=terminal.end, stderr=terminal.end)
-        assert terminal.read_all().decode() == shown
-    with Terminal() as terminal:
-        assert cli("-f", "text", *RUN, at=api, stderr=terminal.end).out == stdout.encode()
-        assert terminal.read_all().decode().startswith(stderr + "\n" * (stderr == "bad") + CLOSING)
+    for stdout, stderr, shown in (
+        ("OK", "", "OK\n"),
+        ("OK\n", "", "OK\n"),
+        ("", "", ""),
+        ("OK\n", "bad", "OK\nbad\n"),
+        ("OK", "bad\n", "OKbad\n"),
+    ):
+        api.answers({**RESULT, "stdout": stdout, "stderr": stderr})
+        with Terminal() as terminal:
+            cli("-f", "text", *RUN, at=api, stdout=terminal.end, stderr=terminal.end)
+            assert terminal.read_all().decode() == f"{shown}{CLOSING}\n"
+        with Terminal() as terminal:
+            assert cli("-f", "text", *RUN, at=api, stderr=terminal.end).out == stdout.encode()
+            assert terminal.read_all().decode().split(CLOSING) in ([stderr, "\n"], ["bad\n", "\n"])
 
 
 @scene
 def an_interrupt_takes_the_line_away(program: Program) -> None:
+    """Promise 3.22, too: until then the line was drawn when it changed, and not more often."""
     with in_progress(program, "--no-color", *RUN, columns=300) as (terminal, process, _):
+        terminal.read_until(lambda shown: shown.count(b"sleep 60") > 1)
         process.send_signal(signal.SIGINT)
         terminal.read_all()
-    [line, end] = Screen(terminal.shown).rows
+    screen = Screen(terminal.shown)
+    [line, end] = screen.rows
     assert end == ""
     assert line.startswith("bus-containers: interrupted; the run may still be executing")
+    assert len({*screen.drawn}) == len(screen.drawn)
 
 
 # --- terminals and pipes that take nothing ----------------------------------------------------
@@ -384,14 +342,11 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
 # --- the same bytes with and without a terminal -----------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["json", "text", "tsv", "help"])
-def test_a_result_on_a_terminal(form: str, cli: InProcess, api: Api) -> None:
+def test_a_result_on_a_terminal(cli: InProcess, api: Api) -> None:
     """Promise 3.13: the same bytes on a narrow terminal as in a file, without colour."""
     env: Env = {"TERM": "xterm-256color", "FORCE_COLOR": "1", "COLORTERM": "truecolor"}
-    lines = [("-f", form, *words(name)) for name in api_commands()]
-    if form == "help":
-        lines = [("help",), ("run", "--help"), ("--version",)]
-    for line in lines:
+    lines = [("-f", form, *words(name)) for name in api_commands() for form in ("text", "tsv")]
+    for line in [*lines, ("status",), ("help",), ("run", "--help"), ("--version",)]:
         args = ("--color", "always", *line)
         piped = cli(*args, at=api)
         with Terminal(20) as terminal:
@@ -407,7 +362,6 @@ def test_a_result_on_a_terminal(form: str, cli: InProcess, api: Api) -> None:
 # Options and variables, whether an error is coloured on a terminal, and whether in a pipe.
 COLOURS: dict[str, tuple[str, Env, bool, bool]] = {
     "auto": ("--color auto", {}, True, False),
-    "always": ("--color always", {}, True, True),
     "never": ("--color never", {}, False, False),
     "no-color": ("--no-color", {}, False, False),
     "NO_COLOR": ("", {"NO_COLOR": "0"}, False, False),
@@ -446,43 +400,30 @@ def test_warnings_and_notes_have_no_colour(cli: InProcess, api: Api) -> None:
 
 # --- text of a server cannot drive the terminal -----------------------------------------------
 
-CONTROLS = "\x1b]0;owned\x07\x1b[2J\x9b2J\x90q\x9c\x7f\x08\x0b\x0e\x85\x00\r\nspoofed: all is well"
-FORMATS = "\u202e\u2066\u200b\u200d\u2028\u2029\ufeff\u061c\U000e0041"
-EVIL = CONTROLS + FORMATS
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\x90q\x9c\x7f\x08\x0b\x0e\x85\x00\r\nspoofed: all is well"
+EVIL += "\u202e\u2066\u200b\u200d\u2028\u2029\ufeff\u061c\U000e0041"
 VISIBLE = ("\\x1b", "\\x9b", "\\x7f", "\\x07", "\\x08", "\\x85", "\\u202e", "\\u2066", "\\u200b")
 HEADER = "\x1b[2J\x9b\x07"
+TOLD = dict.fromkeys(("message", "type", "action", "command", "recommended_plan"), EVIL)
 USAGE = {"used": 1, "limit": 1, "window": EVIL, "meter_event_name": EVIL}
-
-
-def denial(status: str = "400 No", **fields: object) -> bytes:
-    return message(json.dumps({"error": fields}).encode(), status)
-
-
-# What is called, and the answer that would drive a terminal.
-DRIVEN: dict[str, tuple[Words, bytes]] = {
-    **{
-        name: (("status",), denial(**{name: EVIL}))
-        for name in ("message", "type", "action", "command")
-    },
-    "string": (("status",), message(json.dumps({"error": EVIL}).encode(), "500 No")),
-    "quota": (RUN, denial("402 No", usage=USAGE, recommended_plan=EVIL)),
-    "title": (("status",), message(f"<html><title>{EVIL}</title>".encode(), "500 No")),
-    "location": (("status",), message(b"", "302 No", f"Location: http://x/{HEADER}")),
-    "header": (("--trace", "status"), message(BODIES["status"], "200 OK", f"X: {HEADER}")),
-    "reason": (("--trace", "status"), message(b"", f"400 O{HEADER}K")),
-    "exit-code": (RUN, message(json.dumps({**RESULT, "exit_code": EVIL}).encode())),
+# The answer that would drive a terminal, and how often what would do so is to be seen.
+DRIVEN: dict[str, tuple[bytes, int]] = {
+    "denial": (message(json.dumps({"error": {**TOLD, "usage": USAGE}}).encode(), "402 No"), 6),
+    "string": (message(json.dumps({"error": EVIL}).encode(), "500 No"), 1),
+    "title": (message(f"<html><title>{EVIL}</title>".encode(), "500 No"), 0),
+    "exit-code": (message(json.dumps({**RESULT, "exit_code": EVIL}).encode()), 1),
+    "location": (message(b"", "302 No", f"Location: http://x/{HEADER}"), 1),
+    "header": (message(b"{}", "400 No", f"X: {HEADER}"), 1),
+    "reason": (message(b"", f"400 O{HEADER}K"), 1),
+    "encoding": (message(b"{}", "200 OK", f"Content-Encoding: {HEADER}"), 1),
 }
 
 
 @pytest.mark.parametrize("name", DRIVEN)
 def test_text_of_a_server_is_made_visible(name: str, cli: InProcess, api: Api) -> None:
     """Promise 3.18: control and format characters, line separators; tables: test_formats.py."""
-    args, data = DRIVEN[name]
-    shown = spoken(cli("--color", "never", *args, at=api.sends(data), env=XTERM).err).text
-    assert shown.replace("\n", "").isprintable()
+    data, count = DRIVEN[name]
+    shown = spoken(cli("--trace", *RUN, at=api.sends(data), env=XTERM).err).text
     assert not re.search("(?m)^spoofed", shown)
-    if name != "title":  # which need not be shown at all
-        assert "\\x1b" in shown or "\\u001b" in shown
-    if name in ("message", "type", "action", "command", "string"):
-        for text in VISIBLE:
-            assert text in shown
+    for text in VISIBLE if name in ("denial", "string") else VISIBLE[:1]:
+        assert shown.replace("\\u001b", "\\x1b").count(text) >= count, text
