@@ -90,11 +90,10 @@ _CONNECT_SECONDS = 10.0
 _NEXT_ADDRESS_SECONDS = 0.25
 # Two more tries, about a second in all: what takes longer is for `status --wait`.
 _RETRY_PAUSES_SECONDS = (0.3, 0.7)
-_GATEWAY_STATUSES = (502, 503, 504)  # what a gateway says where its backend is not up
 # The longest wait between two looks at the deadline, at signals and at the line of progress.
 _TICK_SECONDS = 0.2
 _WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wait`
-_MAX_RETRY_AFTER_SECONDS = 10  # the longest one that it keeps, as more would use up most waits
+_MAX_RETRY_AFTER_SECONDS = 10  # the longest one that it obeys, as more would use up most waits
 _STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten minutes
 _PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
 
@@ -144,7 +143,7 @@ def _rounded(seconds: float) -> str:
 class BusContainersError(Exception):
     """Base of every error that is raised on purpose. Its text is `reason`, then `advice`.
 
-    A name in backquotes is a parameter, which the command line prints as its option.
+    Where a parameter is named, in backquotes, the command line prints its option instead.
     """
 
     kind = "error"
@@ -188,7 +187,7 @@ class ConfigError(BusContainersError):
 
 
 class _UsageError(ConfigError):
-    """The user wrote something wrong, on the command line or in a variable: exit code 2."""
+    """The user wrote something wrong, which shows before a file or a token is looked at: exit 2."""
 
     kind = "usage"
 
@@ -204,7 +203,7 @@ class TransportError(BusContainersError):
 
 
 class DeadlineError(TransportError):
-    """The whole exchange did not end within its time."""
+    """An exchange did not end within its time, or a platform is not ready within `--wait`."""
 
     kind = "deadline"
 
@@ -284,10 +283,10 @@ def _error_object(document: Any) -> Any:
     return error
 
 
-def _field(fields: Any, name: str, kind: Any) -> Any:
+def _field(fields: Any, name: str, wanted: Any) -> Any:
     """Return a field of an object, or None where it is missing or of another type."""
     value = fields.get(name) if isinstance(fields, dict) else None
-    if isinstance(value, bool) or not isinstance(value, kind):  # a bool is an int, too
+    if isinstance(value, bool) or not isinstance(value, wanted):  # a bool is an int, too
         return None
     return value
 
@@ -318,17 +317,15 @@ class Client:
     """
 
     def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
-        # Kept for _restore_modules. First of all, as the checks below import some of them.
+        # All that is loaded, so that a `__del__` at the interpreter's end can make a request.
+        # Before the checks, which need some of it; `str`, as the URL is not checked yet.
         self._modules = _load_modules(str(api_url))
         self.api_url = _checked_api_url(api_url, "`api_url`")
-        self.timeout = timeout
+        self.timeout = timeout  # checked by each exchange, as it may be set later
         self._token = _checked_token(token, "`token`")
         self._environ: Mapping[str, str] | None = None  # None is the process's, at each request
         self._observer = _Observer()  # the command line puts its reporter here
         self._retry_pauses_seconds: Sequence[float] = _RETRY_PAUSES_SECONDS
-
-    def __repr__(self) -> str:
-        return f"Client({self.api_url!r})"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Client:
@@ -357,7 +354,7 @@ class Client:
         self, command: Sequence[str], *, profile: str | None = None, image: str | None = None,
         timeout_seconds: int | None = None, timeout: float | None = None,
     ) -> Document:
-        """Run a command in a fresh container; return `run_id`, `exit_code`, `stdout` and more.
+        """Run a command in a fresh container; return `run_id`, `exit_code` and more, unchecked.
 
         Without `profile` and `image` the profile is `codex`. `timeout_seconds` limits the run,
         `timeout` the exchange: by default 30 s more than the run's limit, or 30 minutes. The
@@ -429,7 +426,7 @@ class Client:
                 "such run, so it counts as deleted"
             )
             document = {}
-        if not document:
+        if not document:  # 204, {} or the 404 above: all of them mean that it is gone
             return {"deleted": True, "run_id": run_id}
         # A state alone, or the answer for another run, does not say that this one is gone.
         is_this_run = document.get("run_id", run_id) == run_id
@@ -593,6 +590,9 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
         # First of all, as every error of the file would name the path, which is the token.
         if _looks_like_token(path):
             text = "no token: the value of `path` looks like a token, not a path"
+            if "eyJ" in path:
+                raise ConfigError(text, _TOKEN_ADVICE)
+            # It may be a long name of a file that is yet to be written.
             raise _MissingTokenError(text, _TOKEN_ADVICE)
         return _read_token(path)
     for name in _TOKEN_VARIABLES:
@@ -734,7 +734,6 @@ def _is_listed(url: str, entries: str) -> bool:
 def _is_match(name: str, host: str, address: Any) -> bool:
     """Return whether an entry of NO_PROXY, without its port, names a host, or its address."""
     import ipaddress
-
     if name == "*":
         return True
     if address is None:
@@ -769,14 +768,9 @@ def _parse_address(host: str) -> Any:
 
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 _UNIT_NANOSECONDS = {
-    "ns": 1,
-    "us": 10**3,
+    "ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
     "\u00b5s": 10**3,  # with the micro sign
     "\u03bcs": 10**3,  # with the Greek letter mu
-    "ms": 10**6,
-    "s": 10**9,
-    "m": 60 * 10**9,
-    "h": 3600 * 10**9,
 }
 
 
@@ -870,7 +864,7 @@ class _Observer:
     """What an exchange calls on its way, always in the caller's thread. This one does nothing."""
 
     def tick(self) -> None:
-        """A moment has passed without an answer. What this raises ends the exchange."""
+        """A wait of a moment is about to begin. What this raises ends the exchange."""
 
     def enter_state(self, run_state: str) -> None:
         """What is known of a run has changed."""
@@ -939,7 +933,7 @@ class _Exchange:
 
     @property
     def run_state(self) -> str:
-        """What the latest attempt knows of a run."""
+        """How far the latest attempt came; without a run, too, `not_sent` means that it is safe."""
         return self._attempt.run_state
 
     def fetch(self, shape: Any = dict) -> Any:
@@ -949,8 +943,7 @@ class _Exchange:
             try:
                 return self._try_once(shape)
             except BusContainersError as error:
-                was_sent = self.run_state != "not_sent"
-                if was_sent and isinstance(error, TransportError):
+                if self.run_state != "not_sent" and isinstance(error, TransportError):
                     self.was_lost = True
                 end = time.monotonic() + pause_seconds
                 is_in_time = not self.timeout or end < self.deadline
@@ -971,8 +964,8 @@ class _Exchange:
         if self.run_state == "not_sent":
             # An API behind a firewall that drops packets is not worth another ten seconds.
             return error.retryable and time.monotonic() - start < _CONNECT_SECONDS
-        if isinstance(error, ApiError) and error.status not in _GATEWAY_STATUSES:
-            return False
+        if isinstance(error, ApiError) and error.status not in (502, 503, 504):
+            return False  # those are what a gateway says where its backend is not up
         return error.retryable and self.method != "POST"  # there must be no second run
 
     def next_wait_seconds(self) -> float:
@@ -990,10 +983,10 @@ class _Exchange:
         raise self.error(DeadlineError, text, "`timeout` sets the limit", retryable=True)
 
     def error(
-        self, kind: type[BusContainersError], reason: str, advice: str = "", *,
+        self, error_class: type[TransportError | ProtocolError], reason: str, advice: str = "", *,
         retryable: bool = False,
     ) -> BusContainersError:
-        return kind(f"{self.where}: {reason}", advice, retryable=retryable)
+        return error_class(f"{self.where}: {reason}", advice, retryable=retryable)
 
     def show(self, text: str) -> str:
         """Return text from outside for a message, without a secret that was sent back in it."""
@@ -1028,7 +1021,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
             continue
         text = text.replace(secret, "[redacted]")
         pattern = "".join(map(_any_form, secret))
-        if "(" in pattern:
+        if "(" in pattern:  # it has other forms
             try:
                 import re
                 text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
@@ -1380,9 +1373,9 @@ class _Attempt(io.RawIOBase):
         """Keep the socket: http.client closes it before it has read the body."""
 
 
-def _start_connecting(family: int, kind: int, protocol: int, _name: str, address: Any) -> Any:
+def _start_connecting(family: int, type_: int, protocol: int, _name: str, address: Any) -> Any:
     import socket
-    sock = socket.socket(family, kind, protocol)
+    sock = socket.socket(family, type_, protocol)
     sock.setblocking(False)
     try:
         sock.connect(address)
@@ -1465,7 +1458,7 @@ def _parse_json(text: str) -> Any:
     if get_limit is None or get_limit() != _MAX_JSON_DIGITS:
         options["parse_int"] = parse_int
     document = json.loads(text, **options)
-    # Level by level, as Python limits recursion. To look in a set takes a third of an isinstance.
+    # Level by level, as Python limits recursion. A set is three times as fast as isinstance.
     containers = {dict, list}
     level: list[Any] = [[document]]
     for _ in range(_MAX_JSON_DEPTH + 1):
@@ -1550,9 +1543,6 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
         yield f"recommended plan: {exchange.show(plan)}"
 
 
-_CERTIFICATE_REQUIRED = "TLSV13_ALERT_CERTIFICATE_REQUIRED"  # as OpenSSL calls the alert
-
-
 # It imports only what an attempt over plain http has already imported, as there may be no `_ssl`,
 # or no memory for it.
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
@@ -1574,11 +1564,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
         return _error_of_connecting(exchange, failure, reason)
     is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
-    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
-    advice = ""
-    # Where a part of an answer came before the connection was lost, the port speaks plain HTTP.
-    if is_plain and not (is_lost and attempt.received_bytes):
-        advice = "is this port for https?"
+    advice = _https_hint(attempt, is_lost)
     if is_lost:
         if not isinstance(failure, OSError):
             reason = "the answer was cut short"
@@ -1590,6 +1576,15 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if attempt.run_state == "not_sent":
         text = f"the answer of {exchange.proxy_name} is not valid HTTP: {reason}"
     return exchange.error(ProtocolError, text, advice)
+
+
+def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
+    exchange = attempt.exchange
+    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
+    # Where a part of an answer came before the connection was lost, the port speaks plain HTTP.
+    if is_plain and not (is_lost and attempt.received_bytes):
+        return "is this port for https?"
+    return ""
 
 
 def _error_of_connecting(exchange: _Exchange, failure: OSError, reason: str) -> BusContainersError:
@@ -1611,7 +1606,7 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
     if not isinstance(failure, ssl.SSLError) or attempt.run_state != "not_sent":
         return None
     text = f"TLS: {reason}"
-    if failure.reason == _CERTIFICATE_REQUIRED:
+    if failure.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED":
         advice = "the server asks for a client certificate, and none can be given"
         return exchange.error(TransportError, text, advice)
     if isinstance(failure, ssl.SSLCertVerificationError):
@@ -1628,7 +1623,7 @@ def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
     A server of TLS 1.3 does so when the request is already on its way. A byte of an answer or a
     session ticket would show that it had accepted the handshake.
     """
-    is_refusal = getattr(failure, "reason", "") == _CERTIFICATE_REQUIRED
+    is_refusal = getattr(failure, "reason", "") == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     if not is_refusal or attempt.tls_version != "TLSv1.3" or attempt.received_bytes:
         return False
     session = attempt.sock.session
@@ -1677,7 +1672,7 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
 # ---- Formats: a document in, pieces of text out ------------------------------------------------
 
 
-# The keys that may hold the value of a column, in this order, where its name is not the only one.
+# For columns that are not simply the key of the same name: the keys to look at, in this order.
 _ALIASES = {
     "id": ("id", "provider"),
     "run_id": ("run_id", "id"),
@@ -1782,6 +1777,7 @@ def _format_tsv(command: str, document: Any) -> Iterator[str]:
         yield "\t".join(cells) + "\n"
 
 
+# To add a format, add its function here and its name to `--format`. Pieces may have any size.
 _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
     "json": _format_json,
     "text": _format_text,
@@ -1803,7 +1799,7 @@ class _Command:
     ) -> None:
         self.method = method  # of its request; it decides which scope the token needs
         self.failure_code = failure_code  # for failures that have no exit code of their own
-        self.columns = columns.split()  # of the formats `text` and `tsv`
+        self.columns = columns.split()  # of the formats that are tables
         self.summary = summary
         self.description = description
         self.arguments = arguments  # name, required, repeatable, description
@@ -1863,7 +1859,8 @@ _COMMANDS = {
     ),
 }
 
-# To add an option, add a row here, and use its value where the command runs.
+# To add an option, add a row here, and use its value where the command runs. An option takes a
+# value in each command that has it or in none. A default is text for the help.
 _OPTIONS = [  # command ("" is every one), short name, long name, value, description, default
     ("", "-h", "--help", "", "print help; after a command, help for it", ""),
     ("", "-V", "--version", "", "print the version", ""),
@@ -1921,21 +1918,13 @@ _DESCRIPTION = (
 
 def _exit_codes_of(command: str | None) -> list[tuple[str, str]]:
     """Return the exit codes of a command, or all of them, with their descriptions."""
-    codes = []
-    for failure_code, code, text in _EXIT_CODES:
-        if command is None or failure_code in (0, _COMMANDS[command].failure_code):
-            codes.append((code, text))
-    return codes
+    failure_codes = {row.failure_code for name, row in _COMMANDS.items() if command in (None, name)}
+    return [(code, text) for wanted, code, text in _EXIT_CODES if wanted in (0, *failure_codes)]
 
 
 def _options_of(command: str | None) -> dict[str, Any]:
     """Return a command's options by their long names; its own replace those of every command."""
-    rows = {}
-    for row in _OPTIONS:
-        owner, _, long, *_ = row
-        if owner in ("", command):
-            rows[long] = row
-    return rows
+    return {row[2]: row for row in _OPTIONS if row[0] in ("", command)}
 
 
 def _usage(command: str) -> str:
@@ -2019,7 +2008,6 @@ def _opencli_document() -> Document:
         variable["affects"] = [name for name, row in _COMMANDS.items() if row.method]
         handling = {"printable": not is_secret, "storeInDotenv": not is_secret}
         variable["safeHandling"] = {**handling, "redactInLogs": is_secret}
-    precedence = ["option", "environment", "file", "default"]
     return {
         "opencli": "0.1.0",
         "info": {
@@ -2030,7 +2018,8 @@ def _opencli_document() -> Document:
         "metadata": {
             "io.busdk.profile": {"version": "0.1", "module": "containers"},
             "io.busdk.environment": {
-                "version": "0.1", "precedence": precedence, "variables": variables,
+                "version": "0.1", "precedence": ["option", "environment", "file", "default"],
+                "variables": variables,
             },
         },
     }
@@ -2142,6 +2131,7 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
         # Only the defaults of choices are set here. The others (30s, 30m, codex) depend on other
         # options, and are applied where they are used.
         chosen = default if "|" in value_name and default else None
+        # argparse lets a _UsageError through.
         convert = functools.partial(_check_typed, _convert, value_name, what=f"{name}: ")
         parser.add_argument(name, type=convert, default=chosen)
     return parser
@@ -2184,14 +2174,17 @@ def _check_combination(args: argparse.Namespace) -> None:
     if args.quiet and (args.verbose or args.trace):
         raise _UsageError("--quiet and --verbose or --trace exclude each other")
     arguments = _COMMANDS[args.command].arguments
-    takes_any_number = any(is_repeatable for _, _, is_repeatable, _ in arguments)
-    if not args.words and any(is_required for _, is_required, _, _ in arguments):
-        raise _UsageError(f"missing argument: {_usage(args.command)}")
-    if len(args.words) > len(arguments) and not takes_any_number:
+    most = len(arguments)
+    for _, is_required, is_repeatable, _ in arguments:
+        if is_required and not args.words:
+            raise _UsageError(f"missing argument: {_usage(args.command)}")
+        if is_repeatable:
+            most = len(args.words)
+    if len(args.words) > most:
         raise _UsageError(f"{args.command} does not take the argument {_shown(args.words[-1])!r}")
     if args.command == "run":
         _check_typed(_run_request, args.words, args.profile, args.image, args.timeout_seconds)
-    if args.command == "delete":
+    if any(name == "run_id" for name, *_ in arguments):
         for run_id in args.words:
             _check_typed(_path_segment, run_id)
 
@@ -2267,6 +2260,75 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
     stream.flush()
 
 
+class _Process:
+    """The process, of which signals and standard descriptors are taken care of if it is our own."""
+
+    def __init__(self, *, is_own: bool) -> None:
+        self.is_own = is_own  # not a host program's
+        self.signal_number = 0
+        self.signal_time = 0.0
+        self.is_writing = False  # a message
+
+    def prepare(self) -> None:
+        import gc
+        import signal
+        if not self.is_own:
+            return
+        # A script's background job inherits an ignored SIGINT, which stays so. For PID 1 the kernel
+        # has no default action: without a handler, SIGTERM would do nothing.
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+        # SIGTERM has to take the line of progress away, and to tell what is known of a run.
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._interrupt)
+        gc.disable()  # what it makes lives to its end, and collecting slows large answers down
+        # A socket would get the number of a closed one. Standard output and error become a folder:
+        # nothing can be written to it, not by way of /dev/stdout either.
+        for descriptor, path in enumerate((os.devnull, os.sep, os.sep)):
+            try:
+                os.fstat(descriptor)
+            except OSError:  # it is closed
+                os.open(path, os.O_RDONLY)
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        if not self.signal_number:
+            # In this order: the handler of a second signal may come between the two.
+            self.signal_time = time.monotonic()
+            self.signal_number = number
+            if not self.is_writing:
+                raise _Interrupted(128 + number)
+        # A second one right after it must not keep the message from being told.
+        elif time.monotonic() - self.signal_time > _PATIENCE_SECONDS:
+            self.signal_number = number
+            self.end(128 + number)
+
+    # Python drops an exception that is raised in a destructor or in a weakref's callback. So the
+    # signal is recorded, and each tick looks here.
+    def check_signals(self) -> None:
+        if self.signal_number:
+            raise _Interrupted(128 + self.signal_number)
+
+    def report_unraisable(self, unraisable: Any) -> None:
+        """Print an exception that Python drops, unless a signal is the cause of it.
+
+        That is an interrupt, which the next tick raises again, or what an object says whose
+        constructor was interrupted.
+        """
+        is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
+        if not is_interrupt and not self.signal_number:
+            sys.__unraisablehook__(unraisable)
+
+    def end(self, code: int) -> NoReturn:
+        """End the process; after a signal by that signal, or a shell would go on with its loop."""
+        if self.signal_number:
+            code = 128 + self.signal_number
+            if os.name == "posix":
+                import signal
+                signal.signal(self.signal_number, signal.SIG_DFL)
+                os.kill(os.getpid(), self.signal_number)  # for PID 1 this does nothing
+        os._exit(code)  # all is flushed, and a thread that is stuck in a look-up is left behind
+
+
 class _Reporter(_Observer):
     """All that goes to standard error, as text or JSON, and a line about what is in progress."""
 
@@ -2293,8 +2355,10 @@ class _Reporter(_Observer):
         self.run_state = "not_sent"
         self.outcome = ""  # of a run that has ended, which whatever fails after it has to tell
         self.has_failed = False
-        self.deleted: list[Document] = []  # what `delete` has done before it is interrupted
+        # The documents of `delete`, kept here so that they are printed after an interrupt, too.
+        self.deleted: list[Document] = []
         self.patience_seconds = _PATIENCE_SECONDS
+        self.explained = ""
         self.drawn = ""
         self.show_progress("")
 
@@ -2328,7 +2392,8 @@ class _Reporter(_Observer):
             self._print("warning", text)
 
     def explain(self, text: str) -> None:
-        if self.is_verbose:
+        if self.is_verbose and text != self.explained:  # as each look of --wait would say
+            self.explained = text
             self._print("verbose", text)
 
     def show_headers(self, mark: str, lines: Iterable[str]) -> None:
@@ -2350,22 +2415,14 @@ class _Reporter(_Observer):
         self.next_seconds = 1 if self.is_terminal else _STILL_RUNNING_SECONDS
 
     def error(self, error: BusContainersError, command: str | None) -> None:
-        """Print an error, with the names of options in place of the library's parameters."""
-        self.process.is_writing = True  # so that no signal takes the message away
+        """Print an error."""
+        self.process.is_writing = True  # until _write ends, so that no signal takes it away
         self.has_failed = True
         if isinstance(error, _UsageError):
             topic = f"{command} " if command in _COMMANDS else ""
             hint = f"see `{_PROGRAM} {topic}--help`"
             error.advice = f"{error.advice}; {hint}" if error.advice else hint
-        names = {"`api_url`": self.url_source, "`path`": "--token-file"}
-        for name in _options_of(command):
-            names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
-        for parameter, name in names.items():
-            # A server's own words may look like a parameter of the library.
-            if parameter == "`api_url`" or not isinstance(error, ApiError):
-                error.advice = error.advice.replace(parameter, name)
-            if isinstance(error, ConfigError):
-                error.reason = error.reason.replace(parameter, name)
+        self.speak_of_options(error, command)
         fields: Document = {}
         if self.outcome:
             error.reason += f"; {self.outcome}"
@@ -2375,6 +2432,18 @@ class _Reporter(_Observer):
             fields = {"run_state": error.run_state}
         document = {**error.as_document(), **fields}
         self._print(error.kind, str(error), document)
+
+    def speak_of_options(self, error: BusContainersError, command: str | None) -> None:
+        """Put the names of options in place of the library's parameters in an error."""
+        names = {"`api_url`": self.url_source, "`path`": "--token-file"}
+        for name in _options_of(command):
+            names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
+        for parameter, name in names.items():
+            # A server's own words may look like a parameter of the library.
+            if parameter == "`api_url`" or not isinstance(error, ApiError):
+                error.advice = error.advice.replace(parameter, name)
+            if isinstance(error, ConfigError):
+                error.reason = error.reason.replace(parameter, name)
 
     def interrupt(self, interrupt: KeyboardInterrupt, command: str | None) -> int:
         code: int = getattr(interrupt, "exit_code", 130)
@@ -2480,7 +2549,8 @@ class _Result:
         self._path = path
         if path == "-":
             self._path = None
-        # Open if it has to be overwritten, a FIFO from the start: its other end may come only once.
+        # The descriptor of a path that is overwritten in place. A FIFO or device is held from the
+        # check to the write, as its reader may not come twice.
         self._held: int | None = None
         try:
             if not self._path:
@@ -2534,7 +2604,7 @@ class _Result:
                 _write_all(self._held, make_pieces())
             self.close()  # this may fail as well as a write
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             failure = self._error(error)
             is_gone = isinstance(error, BrokenPipeError)
         if is_gone and not self._path:
@@ -2672,12 +2742,13 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             document = client.status()
             states = [_cell(item, "state") for item in _items("status", document)]
             waiting = [s for s in states if s.lower() in ("starting", "pending", "provisioning")]
-            if not waiting:
+            if not waiting:  # where there is no runner, the first run makes one
                 return document
             reason = f"the runner is {_shown(waiting[0])}"
         except BusContainersError as error:
             if not error.retryable and not isinstance(error, _MissingTokenError):
                 raise
+            report.speak_of_options(error, args.command)
             reason = str(error)
             if isinstance(error, TransportError):  # its advice is to wait, which is done here
                 reason = error.reason
@@ -2707,8 +2778,9 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     document = client.run(
         args.words, profile=args.profile, image=args.image, timeout_seconds=limit, timeout=timeout
     )
-    if document.get("exit_code") in (126, 127):
-        text = f"the container could not start {_shown(args.words[0])!r}"
+    code = document.get("exit_code")
+    if code in (126, 127):
+        text = f"exit code {code} may mean that {_shown(args.words[0])!r} could not be started"
         hint = "an image is named by --image, a profile by --profile"
         if len(args.words) == 1 and " " in args.words[0]:
             hint = "leave out the quotes around the command, or use sh -c"
@@ -2811,7 +2883,6 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         except (OSError, ValueError) as error:
             raise ConfigError(f"--chdir {args.chdir}: {_reason_of(error)}") from None
     result = None if args.quiet else _Result(args.output)
-    # A name that is not in the table is refused by _parse.
     functions = {"status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help}
     try:
         try:
@@ -2832,12 +2903,8 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
 
 
 def _write_result(args: argparse.Namespace, result: _Result | None, document: Any) -> None:
-    if document is None or result is None:
-        return
-    try:
+    if document is not None and result is not None:
         result.write(lambda: _FORMATS[args.format](args.command, document))
-    except MemoryError:
-        raise _OutputError("not enough memory to write the result") from None
 
 
 def _finish_run(
@@ -2859,75 +2926,6 @@ def _finish_run(
     if code < 0:  # as a shell tells of a signal
         code = 128 - code
     return min(code, 255)
-
-
-class _Process:
-    """The process, of which signals and standard descriptors are taken care of if it is our own."""
-
-    def __init__(self, *, is_own: bool) -> None:
-        self.is_own = is_own  # not a host program's
-        self.signal_number = 0
-        self.signal_time = 0.0
-        self.is_writing = False  # a message
-
-    def prepare(self) -> None:
-        import gc
-        import signal
-        if not self.is_own:
-            return
-        # A script's background job inherits an ignored SIGINT, which stays so. For PID 1 the kernel
-        # has no default action: without a handler, SIGTERM would do nothing.
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
-        # SIGTERM has to take the line of progress away, and to tell what is known of a run.
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._interrupt)
-        gc.disable()  # what it makes lives to its end, and collecting slows large answers down
-        # A socket would take the number of a closed one. A folder does not take what is written to
-        # /dev/stdout.
-        for descriptor, path in enumerate((os.devnull, os.sep, os.sep)):
-            try:
-                os.fstat(descriptor)
-            except OSError:  # it is closed
-                os.open(path, os.O_RDONLY)
-
-    def _interrupt(self, number: int, _frame: object) -> None:
-        if not self.signal_number:
-            # In this order: the handler of a second signal may come between the two.
-            self.signal_time = time.monotonic()
-            self.signal_number = number
-            if not self.is_writing:
-                raise _Interrupted(128 + number)
-        # A second one right after it must not keep the message from being told.
-        elif time.monotonic() - self.signal_time > _PATIENCE_SECONDS:
-            self.signal_number = number
-            self.end(128 + number)
-
-    # Python drops an exception that is raised in a destructor or in a weakref's callback. So the
-    # signal is recorded, and each tick looks here.
-    def check_signals(self) -> None:
-        if self.signal_number:
-            raise _Interrupted(128 + self.signal_number)
-
-    def report_unraisable(self, unraisable: Any) -> None:
-        """Print an exception that Python drops, unless a signal is the cause of it.
-
-        That is an interrupt, which the next tick raises again, or what an object says whose
-        constructor was interrupted.
-        """
-        is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
-        if not is_interrupt and not self.signal_number:
-            sys.__unraisablehook__(unraisable)
-
-    def end(self, code: int) -> NoReturn:
-        """End the process; after a signal by that signal, or a shell would go on with its loop."""
-        if self.signal_number:
-            code = 128 + self.signal_number
-            if os.name == "posix":
-                import signal
-                signal.signal(self.signal_number, signal.SIG_DFL)
-                os.kill(os.getpid(), self.signal_number)  # for PID 1 this does nothing
-        os._exit(code)  # all is flushed, and a thread that is stuck in a look-up is left behind
 
 
 def console() -> NoReturn:

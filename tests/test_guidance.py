@@ -219,6 +219,7 @@ def test_a_hint_where_the_command_was_not_found(cli: InProcess, api: Api) -> Non
         result = cli("run", *line, at=api.answers(document))
         assert (result.code, result.document) == (code, document)
         assert (hint in result.message, len(result.message.splitlines())) == (True, bool(hint))
+        assert not hint or f"exit code {code} may mean that {line[0]!r} could" in result.message
         assert cli("-q", "run", *line, at=api).err == b""
 
 

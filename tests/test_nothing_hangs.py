@@ -371,12 +371,29 @@ def test_wait_for_a_token_file(name: str, cli: InProcess, api: Api, home: Path) 
     assert len(api.requests) == 1
 
 
-@pytest.mark.parametrize("env", [{"BUS_AI_TOKEN": " "}, {"BUS_AI_TOKEN": None, "HOME": None}])
-def test_wait_for_no_token_that_cannot_come(env: Env, cli: InProcess, api: Api) -> None:
-    """A process's own variables do not change."""
-    result = cli("status", "--wait", "60s", at=api, env=env)
+@pytest.mark.parametrize(
+    ("options", "env"),
+    [
+        ((), {"BUS_AI_TOKEN": " "}),
+        ((), {"BUS_AI_TOKEN": None, "HOME": None}),
+        (("--token-file", "eyJhbGciOiJIUzI1NiJ9.e30.abc"), {}),
+    ],
+)
+def test_wait_for_no_token_that_cannot_come(
+    options: tuple[str, ...], env: Env, cli: InProcess, api: Api
+) -> None:
+    """A process's own variables do not change, nor does its command line."""
+    result = cli(*options, "status", "--wait", "60s", at=api, env=env)
     assert result.seconds < LIMIT
     assert "no token" in check_failure(result, 1)
+
+
+def test_what_a_wait_tells_of_a_token_that_never_comes(cli: InProcess, api: Api) -> None:
+    """In the words of the command line, and each line once."""
+    result = cli("-v", "status", "--wait", "1s", at=api, env={"BUS_AI_TOKEN": None})
+    [told, last] = result.message.splitlines()
+    assert told.startswith(f"bus-containers: API URL {api.url} from ")
+    assert "not ready after 1 s: no token: looked at --token-file, BUS_AI_TOKEN, " in last
 
 
 def changing(seconds: float, before: bytes, first: list[float]) -> Script:

@@ -227,7 +227,7 @@ def test_a_fault_while_an_answer_is_read(
     ("kind", "told", "says", "code"),
     [
         (AttributeError, "internal", "surprise", 125),
-        (MemoryError, "output", "memory", 125),
+        (MemoryError, "output", "cannot write to standard output: ", 125),
         (KeyboardInterrupt, "interrupted", "interrupted", 130),
     ],
 )
