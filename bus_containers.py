@@ -1017,7 +1017,8 @@ def _basic_login(netloc: str) -> str:
 def _redacted(text: str, secrets: Iterable[str]) -> str:
     """Return a text without secrets, in whatever form a URL, JSON or HTML gives them."""
     for secret in secrets:
-        if len(secret) < 8:  # it would be found in ordinary words
+        # A short one would be found in ordinary words, and no form of one is shorter than itself.
+        if not 8 <= len(secret) <= len(text):
             continue
         text = text.replace(secret, "[redacted]")
         pattern = "".join(map(_any_form, secret))
