@@ -152,8 +152,7 @@ class BusContainersError(Exception):
     run_state: str | None = None
     """What is known of a run: `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`."""
 
-    # pickle and copy build an error from what Exception was given, and then set its attributes. So
-    # each class here can be called with its reason alone.
+    # pickle and copy call each class with its reason alone, and then set the attributes.
     def __init__(self, reason: str, advice: str = "", *, retryable: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason  # what failed, and where
@@ -182,8 +181,7 @@ class ConfigError(BusContainersError):
     """A URL, token or value that cannot be used. Nothing was sent."""
 
     kind = "config"
-    # Whatever is wrong with a value is found before a request is made of it.
-    run_state = "not_sent"
+    run_state = "not_sent"  # what is wrong with a value is found before a request is made of it
 
 
 class _UsageError(ConfigError):
@@ -345,7 +343,7 @@ class Client:
     def status(self) -> Document:
         """Return `{"items": [{"id", "state", ...}]}`, or `{"status": {"state", ...}}`."""
         exchange = _Exchange(self, "GET", "status")
-        document: Document = exchange.fetch()
+        document = exchange.fetch()
         if document:
             return document
         raise exchange.error(ProtocolError, "the answer says nothing")
@@ -365,9 +363,8 @@ class Client:
         if timeout is None:
             timeout = _run_timeout(timeout_seconds)
         exchange = _Exchange(self, "POST", "runs", request=request, timeout=timeout)
-        document: Document
         try:
-            document = exchange.fetch()
+            return exchange.fetch()
         except BusContainersError as error:
             error.run_state = exchange.run_state
             # Whoever retries what may be going on pays for two runs.
@@ -376,7 +373,6 @@ class Client:
         except KeyboardInterrupt as interrupt:
             code = getattr(interrupt, "exit_code", 130)
             raise _Interrupted(code, exchange.run_state) from interrupt
-        return document
 
     def runs(self) -> Document:
         """Return `{"items": [...]}`, the account's runs, from `/status` if there is no `/runs`."""
@@ -391,9 +387,8 @@ class Client:
             exchange = _Exchange(self, "GET", "status")
             exchange.deadline = deadline  # it is one call
             document = exchange.fetch()
-            # The published provider has no list of runs, but shows them among its runners. A run
-            # has a `run_id` or an owner. Where no item has either, nothing tells a run from a
-            # runner, so all of them are shown.
+            # The published provider shows runs among its runners. A run has a `run_id` or an owner.
+            # Where no item has either, nothing tells a run from a runner, so all are shown.
             items = _items("status", document)
             marks = ("run_id", "owner_identity_id", "owner_account_id")
             runs = [item for item in items if any(item.get(mark) for mark in marks)]
@@ -415,16 +410,14 @@ class Client:
         """Delete a run, stopping it first; return `{"deleted": true, "run_id", ...}`."""
         exchange = _Exchange(self, "DELETE", "runs", run_id)
         try:
-            document: Document = exchange.fetch()
+            document = exchange.fetch()
         except ApiError as error:
-            # A 404 of another type, or a page of HTML, is not about the run.
-            is_of_run = error.document is not None and error.type in (None, "not_found")
-            if error.status != 404 or not is_of_run or not exchange.was_lost:
+            # A 404 of another type, or without one, is not the API's, or not about the run.
+            is_gone = error.status == 404 and error.type == "not_found"
+            if not is_gone or not exchange.was_lost:
                 raise
-            self._observer.warn(
-                f"run {run_id}: the connection of a first request was lost, and now there is no "
-                "such run, so it counts as deleted"
-            )
+            text = "the connection of a first request was lost, and now there is no such run"
+            self._observer.warn(f"run {run_id}: {text}, so it counts as deleted")
             document = {}
         if not document:  # 204, {} or the 404 above: all of them mean that it is gone
             return {"deleted": True, "run_id": run_id}
@@ -522,8 +515,7 @@ _PRIVATE = (
     f"{_LOOPBACK},.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,"
     "fc00::/7,fe80::/10"
 )
-# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment:
-# the path is any visible ASCII but # and ?.
+# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment.
 _LABEL = "[0-9A-Za-z_-]{1,63}"
 _ORIGIN = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])"
 _BASE_URL = rf"{_ORIGIN}(:(?P<port>[0-9]{{1,9}}))?(/[!-\"$->@-~]*)?"
@@ -768,9 +760,14 @@ def _parse_address(host: str) -> Any:
 
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 _UNIT_NANOSECONDS = {
-    "ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
+    "ns": 1,
+    "us": 10**3,
     "\u00b5s": 10**3,  # with the micro sign
     "\u03bcs": 10**3,  # with the Greek letter mu
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
 }
 
 
@@ -816,10 +813,9 @@ def _token_facts(token: str, scope: str) -> list[str]:
     if claims is None:
         return [*facts, "is not a JWT, so what it allows cannot be seen here"]
     now = time.time()
-    starts, ends = _claimed_time(claims, "nbf"), _claimed_time(claims, "exp")
-    scopes, audiences = _claimed_words(claims, "scope"), _claimed_words(claims, "aud")
-    if now < starts:
-        facts.append(f"becomes valid in {_rounded(starts - now)}, by this machine's clock")
+    ends = _claimed_time(claims, "exp")
+    scopes = _claimed_words(claims, "scope")
+    audiences = _claimed_words(claims, "aud")
     if now < ends:
         facts.append(f"expires in {_rounded(ends - now)}")
     elif ends:
@@ -868,6 +864,9 @@ class _Observer:
 
     def enter_state(self, run_state: str) -> None:
         """What is known of a run has changed."""
+
+    def receive_run(self, document: Document) -> None:
+        """The answer for a run has arrived."""
 
     def warn(self, text: str) -> None:
         """Something is wrong that does not end the exchange."""
@@ -928,15 +927,14 @@ class _Exchange:
             self.proxy_login = _basic_login(self.peer.netloc)
             password = self.peer.password or ""
             self.secrets += [self.proxy_login, password, urllib.parse.unquote(password)]
-        # For run_state, where an interrupt comes before the first try.
-        self._attempt = _Attempt(self)
+        self._attempt = _Attempt(self)  # for run_state, if an interrupt comes before the first try
 
     @property
     def run_state(self) -> str:
         """How far the latest attempt came; without a run, too, `not_sent` means that it is safe."""
         return self._attempt.run_state
 
-    def fetch(self, shape: Any = dict) -> Any:
+    def fetch(self, shape: Any = dict) -> Document:
         """Send the request, again where that is safe; return the document of a usable answer."""
         for pause_seconds in self.retry_pauses_seconds:
             start = time.monotonic()
@@ -953,11 +951,14 @@ class _Exchange:
             _pause(pause_seconds, self.next_wait_seconds)
         return self._try_once(shape)
 
-    def _try_once(self, shape: Any) -> Any:
-        # What is known of a try is that try's own.
-        self._attempt = _Attempt(self)
-        document = _usable_document(self, self._attempt.perform(), shape)
-        self._attempt.enter_state("finished")
+    def _try_once(self, shape: Any) -> Document:
+        self._attempt = _Attempt(self)  # what is known of a try is that try's own
+        document: Document = _usable_document(self, self._attempt.perform(), shape)
+        if self.method == "POST":
+            self.observer.receive_run(document)
+        # A 202, say, without an exit code does not tell that the run has ended.
+        if self.method != "POST" or document.get("exit_code") is not None:
+            self._attempt.enter_state("finished")
         return document
 
     def _may_retry(self, error: BusContainersError, start: float) -> bool:
@@ -1023,11 +1024,8 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
         text = text.replace(secret, "[redacted]")
         pattern = "".join(map(_any_form, secret))
         if "(" in pattern:  # it has other forms
-            try:
-                import re
-                text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
-            except Exception:  # noqa: BLE001, S110 - a re.py in the way hides no error
-                pass
+            import re
+            text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
     return text
 
 
@@ -1112,9 +1110,8 @@ class _Attempt(io.RawIOBase):
                 self._open_tunnel()
             self._start_tls()
 
-    # Nothing can interrupt a look-up, so it gets a thread that may be left behind. Where no thread
-    # can be had (at the interpreter's end, in a subinterpreter, under a limit), it runs in the
-    # caller's, and no deadline can end it.
+    # A look-up cannot be interrupted, so it gets a thread that may be left behind. Where there can
+    # be none (at the interpreter's end, in a subinterpreter, under a limit), no deadline ends it.
     def _look_up(self, host: str, port: int) -> list[Any]:
         import socket
         import threading
@@ -1214,15 +1211,12 @@ class _Attempt(io.RawIOBase):
     def _start_tls(self) -> None:
         import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        # The default since Python 3.10.
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # the default since Python 3.10
         # X509_V_FLAG_PARTIAL_CHAIN, as in curl and Python 3.13; it has a name since 3.10.
         context.verify_flags |= ssl.VerifyFlags(0x80000)
-        # A server that prefers HTTP/2 must not choose it.
-        context.set_alpn_protocols(["http/1.1"])
-        # Windows has its CAs in a store, not in a file or a folder.
+        context.set_alpn_protocols(["http/1.1"])  # or a server might choose HTTP/2
         if sys.platform == "win32":
-            context.load_default_certs()
+            context.load_default_certs()  # they are in a store, not in a file or a folder
         try:
             keylog = self.exchange.environ.get("SSLKEYLOGFILE")
             if keylog:
@@ -1238,8 +1232,7 @@ class _Attempt(io.RawIOBase):
                 context.load_verify_locations(*places)
             except OSError:
                 pass  # if that matters, the handshake fails, and _certificate_advice says why
-        # A name may end with a dot, but no certificate does.
-        host = (self.exchange.url.hostname or "").rstrip(".")
+        host = (self.exchange.url.hostname or "").rstrip(".")  # no certificate has that dot
         self.sock = context.wrap_socket(
             self.sock, server_hostname=host, do_handshake_on_connect=False
         )
@@ -1270,11 +1263,10 @@ class _Attempt(io.RawIOBase):
         exchange = self.exchange
 
         def reuse_connection(_host: str, **_: object) -> http.client.HTTPConnection:
-            port = _DEFAULT_PORTS[exchange.url.scheme]  # which the header Host leaves out
-            connection = http.client.HTTPConnection(
-                exchange.url.hostname or "", exchange.url.port or port
-            )
-            connection.default_port = port
+            host = exchange.url.hostname or ""
+            port = _DEFAULT_PORTS[exchange.url.scheme]
+            connection = http.client.HTTPConnection(host, exchange.url.port or port)
+            connection.default_port = port  # which the header Host leaves out
             connection.sock = self
             return connection
 
@@ -1357,7 +1349,7 @@ class _Attempt(io.RawIOBase):
             pass  # an answer, such as a 413, may have come all the same
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
+        return _AnswerReader(self)
 
     def readable(self) -> bool:
         return True
@@ -1372,6 +1364,14 @@ class _Attempt(io.RawIOBase):
 
     def close(self) -> None:
         """Keep the socket: http.client closes it before it has read the body."""
+
+
+class _AnswerReader(io.BufferedReader):
+    # email, with which http.client parses headers, would look for the parts of a multipart answer,
+    # in a time that grows with the square of the header's length, and raises what it likes.
+    def readline(self, limit: int | None = -1) -> bytes:
+        import re
+        return re.sub(b"(?i)multipart/", b"multipart//", super().readline(limit))
 
 
 def _start_connecting(family: int, type_: int, protocol: int, _name: str, address: Any) -> Any:
@@ -1544,8 +1544,7 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
         yield f"recommended plan: {exchange.show(plan)}"
 
 
-# It imports only what an attempt over plain http has already imported, as there may be no `_ssl`,
-# or no memory for it.
+# It imports only what plain http has already imported: there may be no `_ssl`, or no memory for it.
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
     """Return the error of what urllib, http.client, ssl or a socket raised during an attempt."""
     import http.client
@@ -2099,7 +2098,8 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
         if name not in rows:
             raise _UsageError(_unknown_option(name))
         _, _, _, value_name, _, _ = rows[name]
-        if value is None and value_name:
+        # argparse drops a value of `--` before Python 3.12.2.
+        if value in (None, "--") and value_name:
             raise _UsageError(f"{name} needs a value: {name} {value_name}")
         if value is not None and not value_name:
             raise _UsageError(f"{name} does not take a value")
@@ -2129,8 +2129,7 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
         if not value_name:
             parser.add_argument(name, action="count", default=0)
             continue
-        # Only the defaults of choices are set here. The others (30s, 30m, codex) depend on other
-        # options, and are applied where they are used.
+        # The other defaults (30s, 30m, codex) depend on more, and are applied where they are used.
         chosen = default if "|" in value_name and default else None
         # argparse lets a _UsageError through.
         convert = functools.partial(_check_typed, _convert, value_name, what=f"{name}: ")
@@ -2283,13 +2282,13 @@ class _Process:
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._interrupt)
         gc.disable()  # what it makes lives to its end, and collecting slows large answers down
-        # A socket would get the number of a closed one. Standard output and error become a folder:
-        # nothing can be written to it, not by way of /dev/stdout either.
-        for descriptor, path in enumerate((os.devnull, os.sep, os.sep)):
+        # A socket would get the number of a closed one. Nothing can be written to a folder, not by
+        # way of /dev/stdout either.
+        for descriptor in (0, 1, 2):
             try:
                 os.fstat(descriptor)
             except OSError:  # it is closed
-                os.open(path, os.O_RDONLY)
+                os.open(os.sep, os.O_RDONLY)
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self.signal_number:
@@ -2351,10 +2350,10 @@ class _Reporter(_Observer):
         self.is_coloured = colour == "always" or (colour == "auto" and is_wanted)
         self.process = process
         self.url_source = "--api-url"
-        # A token may stand in the wrong place of the command line.
-        self.secrets = [os.environ.get(name, "").strip() for name in _TOKEN_VARIABLES]
+        # A token may stand in the wrong place of the command line, and in quotes in its variable.
+        self.secrets = [os.environ.get(name, "").strip(" \n\"'") for name in _TOKEN_VARIABLES]
         self.run_state = "not_sent"
-        self.outcome = ""  # of a run that has ended, which whatever fails after it has to tell
+        self.outcome = ""  # of a run, which whatever fails after it has to tell
         self.has_failed = False
         # The documents of `delete`, kept here so that they are printed after an interrupt, too.
         self.deleted: list[Document] = []
@@ -2387,6 +2386,16 @@ class _Reporter(_Observer):
 
     def enter_state(self, run_state: str) -> None:
         self.run_state = run_state
+
+    def receive_run(self, document: Document) -> None:
+        import json
+        run_id = _shown(_cell(document, "run_id"))
+        code = document.get("exit_code")
+        self.outcome = f"run {run_id}" if run_id else "the run"
+        if code is None:
+            self.outcome += " has no exit code"
+        else:
+            self.outcome += f" ended with exit code {_shown(json.dumps(code))}"
 
     def warn(self, text: str) -> None:
         if not self.is_quiet:
@@ -2456,8 +2465,7 @@ class _Reporter(_Observer):
 
     def fault(self, fault: Exception, command: str | None, exit_code: int) -> int:
         """Print an unexpected exception; --verbose adds the places, without values."""
-        # In some of Python's own callbacks, what a signal's handler raises comes out wrapped in
-        # another exception.
+        # Some callbacks of Python wrap what a signal's handler raises in another exception.
         if self.process.signal_number:
             return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
         trace = fault.__traceback__
@@ -2481,10 +2489,8 @@ class _Reporter(_Observer):
         except Exception:  # noqa: BLE001, S110 - there is no other place for it
             pass
         fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
-        run_id, code, duration = (_shown(_cell(fields, name)) for name in fields)
-        text = f"run {run_id} ended" if run_id else "the run ended"
-        if code:
-            text += f" with exit code {code}"
+        text = self.outcome
+        duration = _shown(_cell(document, "duration_ms"))
         if duration:
             text += f" after {duration} ms"
         self._print("run", text, fields)
@@ -2511,9 +2517,8 @@ class _Reporter(_Observer):
     def _erasure(self) -> str:
         return "\r\033[K" if self.drawn else ""
 
-    # A result must not wait for a standard error that nobody reads. After a message that was not
-    # taken in time, the next ones do not wait at all. A signal does not cut a message in two: the
-    # next tick sees it.
+    # A result must not wait for a standard error that nobody reads: after a message that was not
+    # taken in time, the next ones do not wait. A signal is seen after a message, not amid it.
     def _write(self, text: str, patience_seconds: float) -> None:
         self.process.is_writing = True
         try:
@@ -2547,9 +2552,7 @@ class _Result:
     """
 
     def __init__(self, path: str | None) -> None:
-        self._path = path
-        if path == "-":
-            self._path = None
+        self._path = None if path == "-" else path
         # The descriptor of a path that is overwritten in place. A FIFO or device is held from the
         # check to the write, as its reader may not come twice.
         self._held: int | None = None
@@ -2600,8 +2603,9 @@ class _Result:
             elif self._held is not None:
                 _write_all(self._held, make_pieces())
             elif not _replace(self._path, make_pieces):
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                self._held = os.open(self._path, flags, 0o666)
+                # It may be another's in /tmp, where O_CREAT fails, or have become a FIFO.
+                flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
+                self._held = os.open(self._path, flags)
                 _write_all(self._held, make_pieces())
             self.close()  # this may fail as well as a write
             return
@@ -2737,8 +2741,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             # There may be no token yet.
             client = client or _client(args, report)
             client._retry_pauses_seconds = ()  # this loop is what tries again
-            # Even with --timeout 0 a look that hangs must not use up the wait. The last one may
-            # take a second.
+            # A look that hangs must not use up the wait; the last one may take a second.
             client.timeout = min(args.timeout or _TIMEOUT_SECONDS, max(left, 1))
             document = client.status()
             states = [_cell(item, "state") for item in _items("status", document)]
@@ -2912,15 +2915,12 @@ def _finish_run(
     args: argparse.Namespace, result: _Result | None, document: Document, report: _Reporter
 ) -> int:
     """Write a run's result and return the container's exit code, as far as it is one."""
-    import json
-    code = document.get("exit_code")
-    run = f"the run {_shown(_cell(document, 'run_id'))}".strip()
-    report.outcome = f"{run} ended with exit code {_shown(json.dumps(code))}"
     try:
         _write_result(args, result, document)
     finally:
-        if args.format == "text" and not args.quiet:
-            report.run_ended(document, result is not None and result.is_on_terminal())
+        if args.format == "text" and result is not None:
+            report.run_ended(document, result.is_on_terminal())
+    code = document.get("exit_code")
     # True is 1, too, and 37.0 is 37: what is not an integer in JSON must not become an exit code.
     if type(code) is not int:
         raise ProtocolError("the exit code is not an integer")

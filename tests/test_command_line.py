@@ -343,8 +343,9 @@ def test_a_value_that_an_option_does_not_take(option: Option, refused: Refused) 
     for value in bad or BAD_VALUES.get(option.value, []):
         shown = value if value.isascii() else ""
         refused(option.name, value, command, *others, says=(option.name, shown))
-    for spelled in ([f"{option.name}="], [option.name, ""]):
+    for spelled in ([f"{option.name}="], [option.name, ""], [f"{option.name}=--"]):
         refused(command, *spelled, *others, says=(option.name,))
+    refused(command, option.name, "--", *others, says=(f"{option.name} needs a value",))
     for name in (option.name, *option.aliases):
         refused(command, name, says=(f"{option.name} needs a value",))
 

@@ -70,7 +70,6 @@ TOKENS = {  # a token, and what is said of it
     "good": (claims(), "a sentence; the token expires in 5 h; make one with: "),
     "expired": (claims(exp=NOW - 3 * 3600), "the token expired 3 h ago"),
     "expired-days": (claims(exp=NOW - 5 * 86400), "the token expired 5 d ago"),
-    "not-yet": (claims(nbf=NOW + 5 * 3600), "the token becomes valid in 5 h, by this machine's"),
     "no-run": (claims(scope="container:read billing:read"),
                "the token lacks the scope container:run (it has: container:read billing:read)"),
     "no-scope": (claims(scope=None), "the token lacks the scope container:run (it has: none)"),
@@ -208,6 +207,7 @@ WHAT_IS_RUN = [  # the words, the code, and the hint: habits of other tools cost
     (["echo hi"], 127, "leave out the quotes around the command, or use sh -c"),
     (["alpine", "ls"], 127, "an image is named by --image, a profile by --profile"),
     (["sh", "-c", "nosuch"], 126, "an image is named by --image, a profile by --profile"),
+    (["echo hi", "x"], 127, "an image is named by --image, a profile by --profile"),
     (["false"], 1, ""),
 ]
 
@@ -491,8 +491,8 @@ WHOLE: list[Line] = [
     Line("runs", answer(b"nonsense"), 1, "protocol",
          "GET AT/runs: HTTP 200, but the answer is not usable JSON: Expecting value: line 1 "
          "column 1 (char 0)"),
-    Line("run true", answer(b'{"run_id":"r","exit_code":null}'), 125, "protocol finished",
-         "the exit code is not an integer; the run r ended with exit code null"),
+    Line("run true", answer(b'{"run_id":"r","exit_code":null}'), 125, "protocol unknown",
+         "the exit code is not an integer; run r has no exit code; ADVICE"),
     Line("run true", raw(message(b"", "300 Multiple Choices")), 125, "api refused",
          "POST AT/runs: HTTP 300 Multiple Choices; redirected to nowhere, not followed; check "
          "BUS_AI_API_URL"),

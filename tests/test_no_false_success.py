@@ -40,7 +40,10 @@ NO_CODES = ("", "null", '"0"', '""', "true", "false", "37.0", "0.0", "0e0", "-0.
 
 @pytest.mark.parametrize("value", [*CODES, *NO_CODES], ids=lambda value: value[:9] or "missing")
 def test_the_exit_code_is_the_containers(value: str, cli: InProcess, api: Api) -> None:
-    """Promise 3.11: never a false 0, and the result is printed all the same."""
+    """Promise 3.11: never a false 0, and the result is printed all the same.
+
+    One that is missing, as in a 202, does not say that the run has ended.
+    """
     rest = '"run_id":"run-1","stdout":"OK","stderr":"","duration_ms":7}'
     body = f'{{"exit_code":{value},{rest}' if value else "{" + rest
     for format_ in ("json", "text", "tsv"):
@@ -49,11 +52,12 @@ def test_the_exit_code_is_the_containers(value: str, cli: InProcess, api: Api) -
         assert b"OK" in result.out
         if format_ == "json":
             assert result.document == json.loads(body)
-        ends = f"the run run-1 ended with exit code {json.dumps(json.loads(value or 'null'))}"
+        has_ended = value not in ("", "null")
+        ends = f"ended with exit code {json.dumps(json.loads(value))}" if has_ended else "has no"
         told = [line for line in spoken(result.err).errors if "not an integer" in line]
         assert len(told) == (value in NO_CODES)
-        assert all(f": the exit code is not an integer; {ends}" in line for line in told)
-        assert not spoken(result.err).advises
+        assert all(f": the exit code is not an integer; run run-1 {ends}" in line for line in told)
+        assert spoken(result.err).advises is not has_ended
     assert api.methods() == ["POST"] * 3
 
 
@@ -224,6 +228,7 @@ DELETIONS = [
     # Not about the run: a gateway has no such route, or a page for what it does not know.
     Deletion("lost-then-no-route", (reset(), NO_ROUTE), "HTTP 404 invalid_route"),
     Deletion("lost-then-a-page", (reset(), answer(b"<html>", "404 X")), "HTTP 404 X"),
+    Deletion("lost-then-no-type", (reset(), answer(b"{}", "404 X")), "HTTP 404 X"),
     Deletion("lost-then-410", (reset(), answer(b"{}", "410 Gone")), "HTTP 410 Gone"),
 ]
 

@@ -106,7 +106,7 @@ def test_a_python_without_tls(program: Program, tmp_path: Path) -> None:
 
 
 def test_no_dev_null(program: Program, api: Api, tmp_path: Path) -> None:
-    """It is needed only in the place of a stream that is closed."""
+    """It is not needed, in the place of a stream that is closed either."""
     skip_if(why_no_namespace())
     null = tmp_path / "dev" / "null"
     null.parent.mkdir()
@@ -119,10 +119,7 @@ def test_no_dev_null(program: Program, api: Api, tmp_path: Path) -> None:
     opened = bare(*RUN, at=api)
     skip_if("a device cannot be made here" if opened.code == 99 else "")
     assert opened[:2] == (0, PRINTED)
-    closed = bare(*RUN, at=api, env={"CLOSED": "1"})
-    [line] = [line for line in closed.message.splitlines() if REPORT in line]
-    assert (closed.code, closed.out) == (125, b"")
-    assert "/dev/null" in line
+    assert bare(*RUN, at=api, env={"CLOSED": "1"})[:2] == (0, PRINTED)
 
 
 def test_a_folder_that_is_gone(program: Program, api: Api, folder: Path) -> None:

@@ -104,6 +104,8 @@ SPELLINGS = {
 @pytest.mark.parametrize(("value", "proxy"), SPELLINGS.items(), ids=SPELLINGS.keys())
 def test_how_a_proxy_is_written(value: str, proxy: str) -> None:
     assert bus_containers.resolve_proxy(A, {"HTTP_PROXY": value}) == proxy
+    with pytest.raises(bus_containers.ConfigError, match="'ftp://a' is not a URL that can have a"):
+        bus_containers.resolve_proxy("ftp://a", {"HTTP_PROXY": value})
 
 
 # A URL, the values of NO_PROXY that name its host, and those that do not, divided by bars. Without

@@ -142,7 +142,7 @@ def check_saved(
     assert result[:2] == (code, as_json(document))
     told = f"cannot write to {path}: {os.strerror(reason)}; the result is on standard output"
     if code == 125:
-        told += f"; the run run-1 ended with exit code {document['exit_code']}"
+        told += f"; run run-1 ended with exit code {document['exit_code']}"
     assert result.message == f"bus-containers: {told}\n"
 
 
@@ -332,7 +332,7 @@ def test_a_signal_while_the_result_waits_for_its_reader(program: Program, api: A
     os.close(reader)
     os.close(writer)
     assert result.code == -signal.SIGTERM
-    assert result.err == b"bus-containers: terminated; the run run-1 ended with exit code 37\n"
+    assert result.err == b"bus-containers: terminated; run run-1 ended with exit code 37\n"
 
 
 # --- as with a shell's >: 6.12 ----------------------------------------------------------------
@@ -535,7 +535,7 @@ def test_no_place_for_the_result_of_a_finished_run(
         first, second, third = error["text"].split("; ")
         assert first == "cannot write to /dev/full: No space left on device"
         assert "standard output" in second
-        assert third == "the run run-1 ended with exit code 37"
+        assert third == "run run-1 ended with exit code 37"
 
 
 # --- standard output: 6.11, 6.13, 6.14 --------------------------------------------------------

@@ -179,6 +179,18 @@ def test_an_answer_that_is_too_large(
     assert result.seconds < LIMIT
 
 
+@pytest.mark.parametrize("parameter", ["boundary*=idna''x", 'x="' + (";" * 60_000 + "\r\n ") * 4])
+def test_an_answer_that_says_it_has_many_parts(
+    parameter: str, cli: InProcess, serve: Serve
+) -> None:
+    """email would look for them when it parses the header, for minutes, or raise what it likes."""
+    parts = f"Multipart/mixed; {parameter}".rstrip().encode()
+    data = message(BODIES["run"]).replace(b"application/json", parts)
+    result = cli("run", "true", at=serve(raw(data)))
+    assert (result.code, result.err) == (0, b"")
+    assert result.seconds < LIMIT
+
+
 def test_a_connection_that_cannot_be_closed(
     cli: InProcess, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:

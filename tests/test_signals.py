@@ -22,6 +22,7 @@ import pytest
 
 import bus_containers
 from hostile import (
+    Api,
     Connection,
     FullPort,
     Hostile,
@@ -330,23 +331,38 @@ def test_two_signals_at_any_moment(mode: str, tries: int, cli: InProcess) -> Non
             raise AssertionError(f"at step {step}: {posts} {status} {out} {told}") from error
 
 
-# The signal comes while an error is put into words.
-AMID_AN_ERROR = """
+# The signal comes when a function of this name returns.
+AT_A_RETURN = """
 import os, runpy, signal, sys
 def hit(frame, event, argument):
-    if frame.f_code.co_name == "as_document":
+    if frame.f_code.co_name == name and event == "return":
         sys.setprofile(None)
         signal.raise_signal(signal.SIGTERM)
-sys.argv = sys.argv[1:]
+name = sys.argv[1]
+sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 sys.setprofile(hit)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def hit_at_a_return(program: Program, name: str) -> Program:
+    command = [sys.executable, "-c", AT_A_RETURN, name, program.command[-1]]
+    return Program(command, program.home)
+
+
+@pytest.mark.parametrize("name", ["receive_run", "fetch", "_run"])
+def test_a_signal_between_an_answer_and_its_writing(name: str, program: Program, api: Api) -> None:
+    """Promise 6.3: what came of the run is told."""
+    api.answers({**DOCUMENTS["run"], "run_id": "run-1", "exit_code": 37})
+    result = hit_at_a_return(program, name)(*RUN, at=api)
+    assert (result.code, result.out) == (-signal.SIGTERM, b"")
+    assert "terminated; run run-1 ended with exit code 37" in result.message
+
+
 def test_a_signal_amid_an_error_takes_no_message_away(program: Program) -> None:
     """Promise 6.10."""
-    amid = Program([sys.executable, "-c", AMID_AN_ERROR, program.command[-1]], program.home)
+    amid = hit_at_a_return(program, "as_document")
     with Hostile(steps(Connection.read_request)) as server:
         result = amid(*RUN, at=server)
     check_failure(result, -signal.SIGTERM, "the connection was lost")
