@@ -71,7 +71,7 @@ _DEFAULT_API_URL = "https://ai.hg.fi"
 _DEFAULT_PROFILE = "codex"
 _AUDIENCE = "ai.hg.fi/api"
 _SCOPES = {"GET": "container:read", "POST": "container:run", "DELETE": "container:delete"}
-_ALL_SCOPES = " ".join((*_SCOPES.values(), "billing:read"))
+_ALL_SCOPES = f"{' '.join(_SCOPES.values())} billing:read"
 _TOKEN_ADVICE = f'make one with: bus auth token --scope "{_ALL_SCOPES}"'
 _RUN_ADVICE = (
     "the run may still be executing and counting against the quota: "
@@ -101,7 +101,7 @@ _MAX_ANSWER_BYTES = 1 << 30  # a server must not fill the memory
 _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
 _MAX_JSON_DIGITS = 4300  # Python's own limit since 3.9.14; older ones have none
 _TOO_MANY_DIGITS = "it has a number of more than 4,300 digits"
-_MAX_QUOTED = 4000  # characters of a server's text in one message
+_MAX_QUOTED = 4000  # characters of one text of a server in a message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
@@ -315,8 +315,8 @@ class Client:
     """
 
     def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
-        # All that is loaded, so that a `__del__` at the interpreter's end can make a request.
-        # Before the checks, which need some of it; `str`, as the URL is not checked yet.
+        # Kept for _restore_modules. Loaded before the checks below, which use some of these, and so
+        # before api_url is known to be text.
         self._modules = _load_modules(str(api_url))
         self.api_url = _checked_api_url(api_url, "`api_url`")
         self.timeout = timeout  # checked by each exchange, as it may be set later
@@ -576,7 +576,7 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
 
     The first that is set wins: the file `path` (`-` is standard input), `BUS_AI_TOKEN`,
     `BUS_API_TOKEN`, the file `auth/api-token` in the config directory (`BUS_CONFIG_DIR`,
-    `$XDG_CONFIG_HOME/bus`, `~/.config/bus`). Raises ConfigError, which never holds any of it.
+    `$XDG_CONFIG_HOME/bus`, `~/.config/bus`). Raises ConfigError, which holds nothing of the token.
     """
     if path is not None:
         # First of all, as every error of the file would name the path, which is the token.
@@ -590,7 +590,7 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
     for name in _TOKEN_VARIABLES:
         if environ.get(name):
             return _checked_token(environ[name], name), name
-    tried = ", ".join(("`path`", *_TOKEN_VARIABLES))
+    tried = f"`path`, {', '.join(_TOKEN_VARIABLES)}"
     for name, directory in _CONFIG_DIRECTORIES.items():
         if environ.get(name):
             path = os.path.join(environ[name], directory, "auth", "api-token")
@@ -729,6 +729,7 @@ def _is_match(name: str, host: str, address: Any) -> bool:
     if name == "*":
         return True
     if address is None:
+        name = name.rstrip(".")  # as the host's
         if name.startswith("*."):
             name = name[1:]
         return name != "" and (host == name or host.endswith(f".{name.lstrip('.')}"))
@@ -931,7 +932,7 @@ class _Exchange:
 
     @property
     def run_state(self) -> str:
-        """How far the latest attempt came; without a run, too, `not_sent` means that it is safe."""
+        """How far the latest attempt came. After `not_sent` any request may be sent again."""
         return self._attempt.run_state
 
     def fetch(self, shape: Any = dict) -> Document:
@@ -947,7 +948,7 @@ class _Exchange:
                 is_in_time = not self.timeout or end < self.deadline
                 if not self._may_retry(error, start) or not is_in_time:
                     raise
-                self.observer.explain(f"{error}; trying again in {pause_seconds} s")
+                self.observer.explain(f"{error.reason}; trying again in {pause_seconds} s")
             _pause(pause_seconds, self.next_wait_seconds)
         return self._try_once(shape)
 
@@ -989,7 +990,7 @@ class _Exchange:
     ) -> BusContainersError:
         return error_class(f"{self.where}: {reason}", advice, retryable=retryable)
 
-    def show(self, text: str) -> str:
+    def quote(self, text: str) -> str:
         """Return text from outside for a message, without a secret that was sent back in it."""
         return _shown(_redacted(text, self.secrets))
 
@@ -1068,6 +1069,7 @@ class _Attempt(io.RawIOBase):
         self.exchange = exchange
         self.sock: Any = None
         self.received_bytes = 0  # of an answer
+        self.is_tunnelled = False  # by a proxy, which has done its work then
         self.tls_version = ""
         self.enter_state("not_sent")
 
@@ -1201,9 +1203,10 @@ class _Attempt(io.RawIOBase):
         status = response.status
         if not 200 <= status < 300:
             text = f"{exchange.proxy_name} refused with HTTP {status} {response.reason}".rstrip()
-            advice = _proxy_login_advice(exchange, status)
+            advice = _proxy_login_advice(exchange) if status == 407 else ""
             retryable = _is_retryable(status)
-            raise exchange.error(TransportError, exchange.show(text), advice, retryable=retryable)
+            raise exchange.error(TransportError, exchange.quote(text), advice, retryable=retryable)
+        self.is_tunnelled = True
         self.received_bytes = 0  # those were the proxy's
 
     # ssl.create_default_context is strict about X.509 from Python 3.13 on, and it fails where
@@ -1294,7 +1297,7 @@ class _Attempt(io.RawIOBase):
         lines = [f"{response.status} {response.reason}"]
         lines += [f"{name}: {value}" for name, value in response.getheaders()]
         exchange = self.exchange
-        exchange.observer.show_headers("<", [exchange.show(line) for line in lines])
+        exchange.observer.show_headers("<", [exchange.quote(line) for line in lines])
 
     # http.client reports neither a body that is cut nor a length that is not a number.
     def _read_body(self, response: Any) -> bytearray:
@@ -1306,8 +1309,7 @@ class _Attempt(io.RawIOBase):
                 body += piece
             # http.client counts the length down. Without one the connection's end is the body's
             # end, but where there is no body either, it may be the headers that were cut.
-            has_end = response.length is not None or response.chunked
-            is_bare = not has_end and not body
+            is_bare = response.length is None and not response.chunked and not body
             if response.length or is_bare:
                 raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
@@ -1400,13 +1402,13 @@ def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
     if answer.status == 204 and exchange.method == "DELETE":
         return {}
     if answer.status not in (200, 201, 202, 204):
-        problem = "that is not the status of a whole answer"
+        problem = "the API answers with 200, 201, 202 or 204"
     elif not problem and not isinstance(document, shape):
         problem = f"the answer is of an unexpected type, {type(document).__name__}"
     elif not problem and isinstance(document, dict) and document.get("error"):
         error = _error_object(document)
         said = _text(error, "message") or _text(error, "type") or "it does not say which"
-        problem = f"the answer is an error: {exchange.show(said)}"
+        problem = f"the answer is an error: {exchange.quote(said)}"
     if problem:
         raise exchange.error(ProtocolError, f"HTTP {answer.status}, but {problem}")
     return document
@@ -1425,7 +1427,7 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
     except MemoryError:
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
-        reason = exchange.show(_reason_of(error))
+        reason = exchange.quote(_reason_of(error))
         if "integer string conversion" in reason:  # Python's words, with advice for programmers
             reason = _TOO_MANY_DIGITS
         problem = f"the answer is not usable JSON: {reason}"
@@ -1475,11 +1477,11 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
     """Return the error of an answer with an HTTP status other than 2xx."""
     document = _redacted_document(document, exchange.secrets)
     fields = _error_object(document)
-    said = exchange.show(_text(fields, "type") or answer.reason)
+    said = exchange.quote(_text(fields, "type") or answer.reason)
     reason = f"{exchange.where}: HTTP {answer.status} {said}".rstrip()
     message = _text(fields, "message")
     if message:
-        reason += f": {exchange.show(message.strip())}"
+        reason += f": {exchange.quote(message.strip())}"
     error = ApiError(reason, answer.status, document)
     retry_after = answer.headers.get("retry-after", "")
     if retry_after.isascii() and retry_after.isdigit():
@@ -1487,9 +1489,9 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
     advice = list(_advice_of_headers(exchange, answer, error))
     advice.extend(_billing_facts(exchange, document))
     if error.action:
-        advice.append(f"action: {exchange.show(error.action)}")
+        advice.append(f"action: {exchange.quote(error.action)}")
     if error.command:
-        advice.append(f"run: {exchange.show(error.command)}")
+        advice.append(f"run: {exchange.quote(error.command)}")
     # The server does not say which of its reasons it has, but the token's claims may.
     wants_scope = answer.status == 403 and "scope" in f"{error.type} {error.message}".lower()
     if answer.status == 401 or wants_scope:
@@ -1503,7 +1505,7 @@ def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) ->
     """Give what follows from the status and the headers."""
     status = answer.status
     if 300 <= status < 400:
-        target = exchange.show(answer.headers.get("location", "nowhere"))
+        target = exchange.quote(answer.headers.get("location", "nowhere"))
         yield f"redirected to {target}, not followed; check `api_url`"
     # The URL ended in /api/v1, to which the path was added once more.
     if status == 404 and f"/api/v1{_API_PATH}" in exchange.where:
@@ -1512,16 +1514,14 @@ def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) ->
     if exchange.proxy_name and exchange.url.scheme == "http" and not error.type:
         text = f"this may be the answer of {exchange.proxy_name}, not of the API"
         if status == 407:
-            text = f"by {exchange.proxy_name}; {_proxy_login_advice(exchange, status)}"
+            text = f"by {exchange.proxy_name}; {_proxy_login_advice(exchange)}"
         yield text
     retry_after = answer.headers.get("retry-after")
     if retry_after:
-        yield f"Retry-After: {exchange.show(retry_after)}"
+        yield f"Retry-After: {exchange.quote(retry_after)}"
 
 
-def _proxy_login_advice(exchange: _Exchange, status: int) -> str:
-    if status != 407:
-        return ""
+def _proxy_login_advice(exchange: _Exchange) -> str:
     if exchange.proxy_login:
         return "it refused the login in its URL"
     return f"give it a login, {_PROXY_URL}"
@@ -1538,10 +1538,10 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
         what = meter.removeprefix("bus_").replace("_", " ")
         window = _text(usage, "window") or "period"
         when = {"day": "today", "total": "in total"}.get(window, f"this {window}")
-        yield exchange.show(f"{used:,} of {limit:,} {what} used {when}")
+        yield exchange.quote(f"{used:,} of {limit:,} {what} used {when}")
     plan = _text(error, "recommended_plan") or _text(usage, "upgrade_plan_id")
     if plan:
-        yield f"recommended plan: {exchange.show(plan)}"
+        yield f"recommended plan: {exchange.quote(plan)}"
 
 
 # It imports only what plain http has already imported: there may be no `_ssl`, or no memory for it.
@@ -1554,15 +1554,15 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
         failure = failure.reason  # urllib wraps what fails while it sends
     if _is_late_refusal(attempt, failure):
         attempt.enter_state("not_sent")
-    reason = exchange.show(_reason_of(failure))
+    reason = exchange.quote(_reason_of(failure))
     if isinstance(failure, MemoryError):
-        return exchange.error(ProtocolError, "the answer is too large for this machine's memory")
+        return exchange.error(ProtocolError, "there is not enough memory for it and its answer")
     if exchange.url.scheme == "https":
         error = _error_of_tls(attempt, failure, reason)
         if error is not None:
             return error
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
-        return _error_of_connecting(exchange, failure, reason)
+        return _error_of_connecting(attempt, failure, reason)
     is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
     advice = _https_hint(attempt, is_lost)
     if is_lost:
@@ -1587,11 +1587,12 @@ def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
     return ""
 
 
-def _error_of_connecting(exchange: _Exchange, failure: OSError, reason: str) -> BusContainersError:
+def _error_of_connecting(attempt: _Attempt, failure: OSError, reason: str) -> BusContainersError:
     import socket
+    exchange = attempt.exchange
     peer = "the API"
     advice = f"check `api_url`; `{_PROGRAM} status --wait 60s` waits for a platform"
-    if exchange.proxy_name:
+    if exchange.proxy_name and not attempt.is_tunnelled:
         peer, advice = exchange.proxy_name, "check HTTPS_PROXY and HTTP_PROXY"
     text = f"cannot connect to {peer}: {reason}"
     if isinstance(failure, socket.gaierror):
@@ -1610,7 +1611,7 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
         advice = "the server asks for a client certificate, and none can be given"
         return exchange.error(TransportError, text, advice)
     if isinstance(failure, ssl.SSLCertVerificationError):
-        text = f"TLS: the certificate is refused: {exchange.show(failure.verify_message)}"
+        text = f"TLS: the certificate is refused: {exchange.quote(failure.verify_message)}"
         return exchange.error(TransportError, text, _certificate_advice(exchange.environ))
     # A gateway whose backend is not up may take the connection and end it.
     is_end = isinstance(failure, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
@@ -1731,16 +1732,13 @@ def _format_text(command: str, document: Any) -> Iterator[str]:
     """Give what people read: help or a run's output as it is, a line per deletion, or a table."""
     if command == "help":
         yield document
-        return
-    if command == "run":
+    elif command == "run":
         yield _cell(document, "stdout")
-        return
-    items = _items(command, document)
-    if command == "delete":
-        for item in items:
+    elif command == "delete":
+        for item in _items(command, document):
             yield f"deleted {_visible(_cell(item, 'run_id'))}\n"
-        return
-    yield from _text_table(_COMMANDS[command].columns, items)
+    else:
+        yield from _text_table(_COMMANDS[command].columns, _items(command, document))
 
 
 def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[str]:
@@ -1932,7 +1930,9 @@ def _usage(command: str) -> str:
     if command == "run":
         words += " [--]"
     for name, is_required, is_repeatable, _ in _COMMANDS[command].arguments:
-        word = name.upper() + "..." * is_repeatable
+        word = name.upper()
+        if is_repeatable:
+            word += "..."
         words += f" {word}" if is_required else f" [{word}]"
     return words
 
@@ -1991,7 +1991,7 @@ def _page(command: str | None) -> str:
         "EXAMPLES": _section([row for name in names for row in _COMMANDS[name].examples]),
         "SEE ALSO": f"    {see}",
     }
-    return "\n\n".join(f"{name}\n{text}" for name, text in sections.items() if text) + "\n"
+    return "\n".join(f"{name}\n{text}\n" for name, text in sections.items() if text)
 
 
 def _objects(names: str, rows: Iterable[Sequence[Any]]) -> list[Document]:
@@ -2132,7 +2132,7 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
         # The other defaults (30s, 30m, codex) depend on more, and are applied where they are used.
         chosen = default if "|" in value_name and default else None
         # argparse lets a _UsageError through.
-        convert = functools.partial(_check_typed, _convert, value_name, what=f"{name}: ")
+        convert = functools.partial(_as_usage_error, _convert, value_name, what=f"{name}: ")
         parser.add_argument(name, type=convert, default=chosen)
     return parser
 
@@ -2141,7 +2141,7 @@ def _unknown_option(name: str) -> str:
     """Return what is wrong with an option that the command does not have."""
     if name.startswith("--token"):
         return "no option takes a token: use --token-file PATH, BUS_AI_TOKEN or BUS_API_TOKEN"
-    owners = [command for command, short, long, *_ in _OPTIONS if name in (short, long)]
+    owners = [command for command, _, long, *_ in _OPTIONS if name == long]
     if owners:
         return f"{name} is an option of {' and '.join(owners)}"
     return f"no such option: {_shown(name)}"
@@ -2183,14 +2183,14 @@ def _check_combination(args: argparse.Namespace) -> None:
     if len(args.words) > most:
         raise _UsageError(f"{args.command} does not take the argument {_shown(args.words[-1])!r}")
     if args.command == "run":
-        _check_typed(_run_request, args.words, args.profile, args.image, args.timeout_seconds)
+        _as_usage_error(_run_request, args.words, args.profile, args.image, args.timeout_seconds)
     if any(name == "run_id" for name, *_ in arguments):
         for run_id in args.words:
-            _check_typed(_path_segment, run_id)
+            _as_usage_error(_path_segment, run_id)
 
 
-def _check_typed(function: Callable[..., Any], *values: Any, what: str = "") -> Any:
-    """Call a function with what the user typed; in the library a value may come from anywhere."""
+def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") -> Any:
+    """Call a function with what the user typed, and raise what is wrong as a usage error."""
     try:
         return function(*values)
     except ConfigError as error:
@@ -2203,6 +2203,7 @@ def _check_typed(function: Callable[..., Any], *values: Any, what: str = "") -> 
 # A host program may have replaced a standard stream by any object. A stream that compresses has a
 # descriptor, too, but only a plain file's may be written to.
 def _descriptor(stream: Any) -> int | None:
+    """Return the descriptor that can be written to in a stream's place, or None."""
     if type(stream) is not io.TextIOWrapper:
         return None
     try:
@@ -2261,7 +2262,7 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
 
 
 class _Process:
-    """The process, of which signals and standard descriptors are taken care of if it is our own."""
+    """The process. If it is our own, its signals and standard descriptors are taken care of."""
 
     def __init__(self, *, is_own: bool) -> None:
         self.is_own = is_own  # not a host program's
@@ -2282,8 +2283,8 @@ class _Process:
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._interrupt)
         gc.disable()  # what it makes lives to its end, and collecting slows large answers down
-        # A socket would get the number of a closed one. Nothing can be written to a folder, not by
-        # way of /dev/stdout either.
+        # Where one of these is closed, the next socket would get its number. Nothing can be written
+        # to a folder, not by way of /dev/stdout either.
         for descriptor in (0, 1, 2):
             try:
                 os.fstat(descriptor)
@@ -2297,7 +2298,7 @@ class _Process:
             self.signal_number = number
             if not self.is_writing:
                 raise _Interrupted(128 + number)
-        # A second one right after it must not keep the message from being told.
+        # The first one's message gets the time that a message has.
         elif time.monotonic() - self.signal_time > _PATIENCE_SECONDS:
             self.signal_number = number
             self.end(128 + number)
@@ -2311,8 +2312,8 @@ class _Process:
     def report_unraisable(self, unraisable: Any) -> None:
         """Print an exception that Python drops, unless a signal is the cause of it.
 
-        That is an interrupt, which the next tick raises again, or what an object says whose
-        constructor was interrupted.
+        A signal may cause an interrupt, which the next tick raises again, and the complaint of an
+        object whose constructor it cut short.
         """
         is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
         if not is_interrupt and not self.signal_number:
@@ -2449,7 +2450,7 @@ class _Reporter(_Observer):
         for name in _options_of(command):
             names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
         for parameter, name in names.items():
-            # A server's own words may look like a parameter of the library.
+            # In an ApiError's advice only `api_url` is ours; the rest may be a server's words.
             if parameter == "`api_url`" or not isinstance(error, ApiError):
                 error.advice = error.advice.replace(parameter, name)
             if isinstance(error, ConfigError):
@@ -2697,10 +2698,10 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     """Return the client that options and environment ask for, and explain where they are from."""
     import urllib.parse
     # The URL comes first, so that --verbose shows it where there is no token.
-    url, source = _check_typed(resolve_api_url, args.api_url, os.environ)
+    url, source = _as_usage_error(resolve_api_url, args.api_url, os.environ)
     if source != "default":
         report.url_source = source
-    proxy, proxy_source = _check_typed(_proxy_and_source, url, os.environ)
+    proxy, proxy_source = _as_usage_error(_proxy_and_source, url, os.environ)
     via = "none"
     if proxy:
         via = f"{_redacted_url(proxy)} from {proxy_source}"
@@ -2709,7 +2710,7 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     report.secrets.append(token)
     if report.is_verbose:
         facts = _token_facts(token, _SCOPES[_COMMANDS[args.command].method])
-        report.explain(f"token from {token_source}: {'; '.join(facts)}")
+        report.explain(f"token from {token_source}: {'; '.join(facts) or 'it does not expire'}")
     host = urllib.parse.urlsplit(url).hostname or ""
     # A name without a dot is of this machine or of a compose file.
     is_near = "." not in host and _parse_address(host) is None
@@ -2723,7 +2724,7 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
 
 
 def _status(args: argparse.Namespace, report: _Reporter) -> Document:
-    if args.wait:
+    if args.wait is not None:
         return _wait_for_platform(args, report)
     return _client(args, report).status()
 
@@ -2741,7 +2742,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             # There may be no token yet.
             client = client or _client(args, report)
             client._retry_pauses_seconds = ()  # this loop is what tries again
-            # A look that hangs must not use up the wait; the last one may take a second.
+            # A look that hangs ends with the wait, and a last one follows, of a second at most.
             client.timeout = min(args.timeout or _TIMEOUT_SECONDS, max(left, 1))
             document = client.status()
             states = [_cell(item, "state") for item in _items("status", document)]
@@ -2785,7 +2786,7 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     code = document.get("exit_code")
     if code in (126, 127):
         text = f"exit code {code} may mean that {_shown(args.words[0])!r} could not be started"
-        hint = "an image is named by --image, a profile by --profile"
+        hint = f"an image is named by --image, a profile by --profile; this was {target}"
         if len(args.words) == 1 and " " in args.words[0]:
             hint = "leave out the quotes around the command, or use sh -c"
         report.warn(f"{text}; {hint}")

@@ -205,9 +205,9 @@ def test_a_retry_after_of_any_form(cli: InProcess, api: Api) -> None:
 
 WHAT_IS_RUN = [  # the words, the code, and the hint: habits of other tools cost a run
     (["echo hi"], 127, "leave out the quotes around the command, or use sh -c"),
-    (["alpine", "ls"], 127, "an image is named by --image, a profile by --profile"),
-    (["sh", "-c", "nosuch"], 126, "an image is named by --image, a profile by --profile"),
-    (["echo hi", "x"], 127, "an image is named by --image, a profile by --profile"),
+    (["alpine", "ls"], 127, "by --image, a profile by --profile; this was codex"),
+    (["sh", "-c", "nosuch"], 126, "by --image, a profile by --profile; this was codex"),
+    (["echo hi", "x"], 127, "by --image, a profile by --profile; this was codex"),
     (["false"], 1, ""),
 ]
 

@@ -89,7 +89,7 @@ def test_a_usable_answer(name: str, cli: InProcess, api: Api) -> None:
 ERROR = {"error": {"type": "busy", "message": "come back later"}}
 UNUSABLE: list[tuple[int, object, str]] = [  # a status, a document, and what is said
     *(
-        (status, None, "that is not the status of a whole answer")
+        (status, None, "the API answers with 200, 201, 202 or 204")
         for status in (203, 206, 226, 299)
     ),
     *((200, value, "the answer is of an unexpected type, ") for value in ("ready", 1.5, True)),

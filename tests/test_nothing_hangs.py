@@ -388,6 +388,12 @@ def test_wait_for_no_token_that_cannot_come(
     assert "no token" in check_failure(result, 1)
 
 
+def test_wait_of_no_time(cli: InProcess, serve: Serve) -> None:
+    """It is no success where the platform is not ready."""
+    result = cli("status", "--wait", "0s", at=serve(STARTING))
+    check_failure(result, 1, "not ready after 0 s: the runner is starting")
+
+
 def test_what_a_wait_tells_of_a_token_that_never_comes(cli: InProcess, api: Api) -> None:
     """In the words of the command line, and each line once."""
     result = cli("-v", "status", "--wait", "1s", at=api, env={"BUS_AI_TOKEN": None})

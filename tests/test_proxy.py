@@ -123,7 +123,7 @@ NO_PROXY: dict[str, tuple[str, ...]] = {
         "|ample.com|sub.example.com|**|.example.com|*.example.com|,,  ,|:80,:1"
         "|a.example example.com b.example",
     ),
-    "http://example.com.": ("example.com", ".com."),
+    "http://example.com.": ("example.com|.com.|example.com.", "com.example."),
     "http://Example.COM/CAP/v1": ("example.com", "example.com/CAP"),
     "http://notexample.com": ("notexample.com", "example.com"),
     "http://a.b.example.com": ("example.com|.example.com|*.example.com", "a*.example.com|*.b"),
@@ -242,6 +242,20 @@ def test_what_a_proxy_is_asked_for(url: str, cli: InProcess) -> None:
     assert request.count(CANARY.encode()) == is_plain
     credentials = re.findall(rb"(?i)\r\nproxy-authorization: basic (\S+)\r\n", request)
     assert [base64.b64decode(each) for each in credentials] == ([] if sent is None else [sent])
+
+
+def test_a_tunnel_whose_other_end_is_lost(cli: InProcess) -> None:
+    """The proxy has done its work, and is not to be checked."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        connection.sock.recv(65536)
+        connection.reset()
+
+    with Hostile(script) as proxy:
+        result = through(cli, "https://platform.test", proxy.url)
+    assert "cannot connect to the API: " in check_failure(result, 125)
 
 
 @pytest.mark.parametrize("case", ["answered", "lost", "another-name"])
