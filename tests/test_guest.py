@@ -354,6 +354,9 @@ def test_descriptors_closed_at_the_start(
         by_path = bare("-o", "/dev/stdout", *RUN, at=api)
         assert (by_path.code, by_path.out, bool(by_path.err)) == (125, b"", told)
         assert len(api.requests) == 1
+    if "0" in closed:
+        by_path = bare("-o", "/dev/fd/0", *RUN, at=api)
+        assert (by_path.code, by_path.out, bool(by_path.err)) == (125, b"", told)
     if closed == "0":
         check_failure(bare("--token-file", "-", *RUN, at=api), 125, "standard input")
     failed = bare("-o", "out", "delete", "a", at=api.answers({}, status="404 Not Found"))

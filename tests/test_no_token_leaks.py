@@ -210,8 +210,9 @@ def test_the_token_as_a_word_of_the_command_line(cli: InProcess, api: Api) -> No
         check_failure(cli(*args, at=api), 2, "--token-file")
     assert api.requests == []
     for args in (("status", CANARY), ("--api-url", CANARY, "runs"), ("-f", CANARY, "runs")):
-        told = check_failure(cli(*args, env={"BUS_API_TOKEN": CANARY}), 2)
-        assert "[redacted]" in told
+        for value in (CANARY, f'"{CANARY}"'):
+            told = check_failure(cli(*args, env={"BUS_API_TOKEN": value}), 2)
+            assert "[redacted]" in told
     api.answers({"error": {"type": "not_found"}}, status="404 Not Found")
     for options in (("-vv",), ("--error-format", "json")):
         result = cli(*options, "delete", CANARY, at=api)

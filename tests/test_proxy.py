@@ -233,7 +233,8 @@ def test_what_a_proxy_is_asked_for(url: str, cli: InProcess) -> None:
     host, login, sent = ASKED[url]
     with Hostile(answer(b"", "403 Forbidden")) as proxy:
         result = through(cli, url, with_login(proxy.url, login), "--trace")
-    assert (result.code, result.message.count("< 403 Forbidden")) == (125, 1)
+    assert (result.code, result.out, result.message.count("< 403 Forbidden")) == (125, b"", 1)
+    assert "403 Forbidden" in result.message.splitlines()[-1]
     [request] = proxy.requests
     is_plain = url.startswith("http:")
     line = f"POST {url}/api/v1/containers/runs" if is_plain else f"CONNECT {host}"

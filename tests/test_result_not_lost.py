@@ -318,6 +318,19 @@ def test_a_signal_amid_the_writing(
         assert [*tree(folder)] == ["out"]
 
 
+def test_an_output_that_becomes_a_fifo_without_a_reader(
+    cli: InProcess, serve: Serve, folder: Path
+) -> None:
+    path = make_output("old", folder)
+
+    def replace() -> None:
+        path.unlink()
+        os.mkfifo(path)
+
+    result = cli("-o", "out", *RUN, at=serve(meanwhile(replace)))
+    check_saved(result, DOCUMENTS["run"], "out", errno.ENXIO)
+
+
 def test_a_signal_while_the_result_waits_for_its_reader(program: Program, api: Api) -> None:
     """Promise 6.3: the run has ended, and nothing else can tell how."""
     reader, writer = os.pipe()
