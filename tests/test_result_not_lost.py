@@ -319,7 +319,7 @@ def test_a_signal_amid_the_writing(
 
 
 def test_an_output_that_becomes_a_fifo_without_a_reader(
-    cli: InProcess, serve: Serve, folder: Path
+    program: Program, serve: Serve, folder: Path
 ) -> None:
     path = make_output("old", folder)
 
@@ -327,7 +327,7 @@ def test_an_output_that_becomes_a_fifo_without_a_reader(
         path.unlink()
         os.mkfifo(path)
 
-    result = cli("-o", "out", *RUN, at=serve(meanwhile(replace)))
+    result = program("-o", "out", *RUN, at=serve(meanwhile(replace)))
     check_saved(result, DOCUMENTS["run"], "out", errno.ENXIO)
 
 
