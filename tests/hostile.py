@@ -270,8 +270,10 @@ class Hostile:
         self._threads: list[threading.Thread] = []
         self._receive_buffer = receive_buffer
         self.host = host
-        self._socket = self._bound(0)
-        self.port: int = self._socket.getsockname()[1]
+        with self._bound(0) as free:
+            self.port: int = free.getsockname()[1]
+            # Bound by its number, so that the port stays ours while it refuses.
+            self._socket = self._bound(self.port)
         self.url = f"{scheme or ('https' if tls else 'http')}://{host}:{self.port}"
         self._listening = False
         if listening:
@@ -297,8 +299,6 @@ class Hostile:
             self._listening = False
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept()
             self._accepting.join(LIMIT)
-            self._socket.close()
-            self._socket = self._bound(self.port)
 
     def methods(self) -> list[str]:
         """The methods of the requests that came, in order."""
