@@ -55,7 +55,7 @@ else:
 
 # Pairs of an option's long name and its value, None for an option that is written without one.
 _Options = Sequence["tuple[str, str | None]"]
-# Makes the pieces of a result. It is called again if they have to go elsewhere.
+# Makes the pieces of a result, of any size. It is called again if they have to go elsewhere.
 _MakePieces = Callable[[], Iterable[str]]
 
 __all__ = [
@@ -88,8 +88,8 @@ _WHOLE_NUMBER = "a whole number >= 0 of at most 15 digits"
 _CONNECT_SECONDS = 10.0
 # RFC 8305, section 5, recommends this delay before the next address is tried.
 _NEXT_ADDRESS_SECONDS = 0.25
-# Two more tries, about a second in all: what takes longer is for `status --wait`.
-_RETRY_PAUSES_SECONDS = (0.3, 0.7)
+_RETRIES = 2  # about a second in all: what takes longer is for `status --wait`
+_RETRY_PAUSE_SECONDS = 0.3  # before the first one; each further one is twice as long
 # The longest wait between two looks at the deadline, at signals and at the line of progress.
 _TICK_SECONDS = 0.2
 _WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wait`
@@ -143,7 +143,7 @@ def _rounded(seconds: float) -> str:
 class BusContainersError(Exception):
     """Base of every error that is raised on purpose. Its text is `reason`, then `advice`.
 
-    Where a parameter is named, in backquotes, the command line prints its option instead.
+    A parameter in backquotes, as `timeout`, is an option's name where the command line prints it.
     """
 
     kind = "error"
@@ -152,7 +152,7 @@ class BusContainersError(Exception):
     run_state: str | None = None
     """What is known of a run: `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`."""
 
-    # pickle and copy call each class with its reason alone, and then set the attributes.
+    # Only `reason` has no default, in subclasses too, as pickle and copy pass nothing else.
     def __init__(self, reason: str, advice: str = "", *, retryable: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason  # what failed, and where
@@ -185,7 +185,7 @@ class ConfigError(BusContainersError):
 
 
 class _UsageError(ConfigError):
-    """The user wrote something wrong, which shows before a file or a token is looked at: exit 2."""
+    """The user wrote something wrong: exit 2. Nothing was sent."""
 
     kind = "usage"
 
@@ -227,7 +227,6 @@ class ApiError(BusContainersError):
         self.status = status
         self.document = document
         self.retry_after_seconds = 0  # the server's Retry-After, where that is a number
-        # {"error": {"type": ...}}, {"error": "message"} or {"type": ...}
         error = _error_object(document)
         self.type = _text(error, "type")
         self.message = _text(error, "message")
@@ -272,7 +271,7 @@ def _reason_of(error: BaseException) -> str:
 
 
 def _error_object(document: Any) -> Any:
-    """Return the object in which a document tells of an error."""
+    """Return where a document tells of an error: {"error": {...}}, {"error": "message"}, itself."""
     if not isinstance(document, dict):
         return None
     error = document.get("error") or document
@@ -315,15 +314,14 @@ class Client:
     """
 
     def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
-        # Kept for _restore_modules. Loaded before the checks below, which use some of these, and so
-        # before api_url is known to be text.
+        # Before the checks, which use some of them; str(), as api_url is not checked yet.
         self._modules = _load_modules(str(api_url))
         self.api_url = _checked_api_url(api_url, "`api_url`")
         self.timeout = timeout  # checked by each exchange, as it may be set later
         self._token = _checked_token(token, "`token`")
         self._environ: Mapping[str, str] | None = None  # None is the process's, at each request
         self._observer = _Observer()  # the command line puts its reporter here
-        self._retry_pauses_seconds: Sequence[float] = _RETRY_PAUSES_SECONDS
+        self._retries = _RETRIES
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Client:
@@ -383,9 +381,8 @@ class Client:
         except ApiError as error:
             if error.status not in (404, 405):
                 raise
-            deadline = exchange.deadline
-            exchange = _Exchange(self, "GET", "status")
-            exchange.deadline = deadline  # it is one call
+            first, exchange = exchange, _Exchange(self, "GET", "status")
+            exchange.deadline = first.deadline  # it is one call
             document = exchange.fetch()
             # The published provider shows runs among its runners. A run has a `run_id` or an owner.
             # Where no item has either, nothing tells a run from a runner, so all are shown.
@@ -446,17 +443,13 @@ def _load_modules(api_url: str) -> dict[str, Any]:
     return dict(sys.modules)
 
 
-def _restore_modules(modules: Mapping[str, Any]) -> None:
-    """Make imports work in a `__del__`: while the interpreter ends, sys.modules is emptied."""
-    if sys.is_finalizing():
-        sys.modules.update(modules)
-
-
-# The command line calls this as well, to report what is wrong before anything is sent.
 def _run_request(
     command: Sequence[str], profile: str | None, image: str | None, timeout_seconds: int | None
 ) -> Document:
-    """Return the body of a run's request. Raises ConfigError in the words of `Client.run`."""
+    """Return the body of a run's request. Raises ConfigError in the words of `Client.run`.
+
+    The command line calls this as well, to report what is wrong before it looks for a token.
+    """
     if profile is not None and image is not None:
         raise ConfigError("`profile` and `image` exclude each other")
     target = {"profile": _DEFAULT_PROFILE if profile is None else profile}
@@ -467,7 +460,7 @@ def _run_request(
             raise ConfigError(f"`{name}` {value!r} is not a name")
     if not _is_list_of_words(command):
         raise ConfigError("`command` is not a list of words")
-    # So the API wants it: a profile takes `args`, an image a `command`.
+    # The API's names: a profile takes `args`, an image a `command`.
     key = "args" if image is None else "command"
     request: Document = {**target, key: list(command)}
     if timeout_seconds is not None:
@@ -500,13 +493,14 @@ def _path_segment(run_id: str) -> str:
     return urllib.parse.quote(run_id, safe="")
 
 
-# ---- Settings: nothing here reads os.environ or the network ------------------------------------
+# ---- Settings: from arguments, given variables and files, not from os.environ or the network ---
 
 
 _URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
 _TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
 # The config directory below the value of each variable; the first variable that is set counts.
 _CONFIG_DIRECTORIES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
+_JWT_START = "eyJ"  # the base64 of `{"`, with which the header of every JWT begins
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
 # Written as in NO_PROXY. _LOOPBACK never has a proxy; to _PRIVATE a token may go unencrypted.
@@ -515,7 +509,8 @@ _PRIVATE = (
     f"{_LOOPBACK},.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,"
     "fc00::/7,fe80::/10"
 )
-# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment.
+# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment:
+# [!-\"$->@-~] is what is printable, without # and ?.
 _LABEL = "[0-9A-Za-z_-]{1,63}"
 _ORIGIN = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])"
 _BASE_URL = rf"{_ORIGIN}(:(?P<port>[0-9]{{1,9}}))?(/[!-\"$->@-~]*)?"
@@ -578,11 +573,13 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
     `BUS_API_TOKEN`, the file `auth/api-token` in the config directory (`BUS_CONFIG_DIR`,
     `$XDG_CONFIG_HOME/bus`, `~/.config/bus`). Raises ConfigError, which holds nothing of the token.
     """
+    if not isinstance(path, (str, type(None))):
+        raise ConfigError("`path` is not text")
     if path is not None:
-        # First of all, as every error of the file would name the path, which is the token.
+        # Before the file is opened: an error of that would print the path, which may be the token.
         if _looks_like_token(path):
             text = "no token: the value of `path` looks like a token, not a path"
-            if "eyJ" in path:
+            if _JWT_START in path:
                 raise ConfigError(text, _TOKEN_ADVICE)
             # It may be a long name of a file that is yet to be written.
             raise _MissingTokenError(text, _TOKEN_ADVICE)
@@ -623,8 +620,7 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
 def _looks_like_token(path: str) -> bool:
     _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
     is_long = len(word) >= 20 and "/" not in path and "\\" not in path
-    # The base64 of `{"`, with which the header of every JWT begins.
-    return (is_long or "eyJ" in path) and not os.path.exists(path)
+    return (is_long or _JWT_START in path) and not os.path.exists(path)
 
 
 def _checked_token(text: str, source: str) -> str:
@@ -659,6 +655,8 @@ def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     `HTTPS_PROXY` or `HTTP_PROXY`, less what `NO_PROXY` names, each also in lower case, by the rules
     of golang.org/x/net/http/httpproxy, as the other Bus tools are Go. Raises ConfigError.
     """
+    if not isinstance(url, str):
+        raise ConfigError(f"`url` {url!r} is not text")
     if not _is_base_url(url.partition("?")[0].partition("#")[0]):
         raise ConfigError(f"{_redacted_url(url)!r} is not a URL that can have a proxy")
     return _proxy_and_source(url, environ)[0]
@@ -688,14 +686,13 @@ def _checked_proxy(proxy: str, source: str) -> str:
         scheme, rest = "http", proxy
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     login, at, address = authority.rpartition("@")
-    # urlsplit, which gets this later, would quote a bracket of the login in its error.
-    is_usable = scheme.lower() == "http" and re.fullmatch(r"[!-Z\\^-~]*", login)
-    hint = ""
     # A path after the port is ignored, as in Go and curl. But an @ in it means that a / ? or # of
-    # the login has ended the authority.
+    # the login has ended the authority. A bracket would be quoted by urlsplit, which gets this.
+    hint = ""
     if "@" in rest[len(authority) :] or "[" in login or "]" in login:
         hint = ": percent-encode / ? # [ ] as %2F %3F %23 %5B %5D in USER and PASSWORD"
-    elif is_usable and _is_base_url(f"http://{address}"):
+    is_usable = scheme.lower() == "http" and re.fullmatch("[!-~]*", login) and not hint
+    if is_usable and _is_base_url(f"http://{address}"):
         return f"http://{login}{at}{address}"
     # A password may stand anywhere in what is not such a URL, so none of it is shown.
     raise ConfigError(f"{source}: its value is not {_PROXY_URL}{hint}")
@@ -747,7 +744,6 @@ def _parse_address(host: str) -> Any:
     """Return the IP address that a host is, in any spelling that getaddrinfo takes, or None."""
     import ipaddress
     import socket
-    host, _, _ = host.partition("%")  # the zone of an IPv6 address
     try:
         address: Any = ipaddress.ip_address(host)
     except ValueError:
@@ -806,7 +802,7 @@ def parse_duration(text: str) -> float:
 
 
 def _token_facts(token: str, scope: str) -> list[str]:
-    """Return what a token says of its own use. Nothing is verified, so this is advice only."""
+    """Return what limits a token, by its quotes and claims. Nothing is verified: a hint only."""
     facts = []
     if token[0] in "'\"" and token[0] == token[-1]:
         facts.append("is in quotes, as `docker --env-file` keeps them: leave them out")
@@ -814,7 +810,9 @@ def _token_facts(token: str, scope: str) -> list[str]:
     if claims is None:
         return [*facts, "is not a JWT, so what it allows cannot be seen here"]
     now = time.time()
-    ends = _claimed_time(claims, "exp")
+    ends = _field(claims, "exp", (int, float)) or 0
+    if not abs(ends) <= _MAX_SECONDS:  # NaN, too, is refused so
+        ends = 0
     scopes = _claimed_words(claims, "scope")
     audiences = _claimed_words(claims, "aud")
     if now < ends:
@@ -838,13 +836,6 @@ def _token_claims(token: str) -> Document | None:
     except (ValueError, RecursionError):
         return None
     return claims if isinstance(claims, dict) else None
-
-
-def _claimed_time(claims: Document, name: str) -> float:
-    value = _field(claims, name, (int, float)) or 0
-    if not abs(value) <= _MAX_SECONDS:  # NaN, too, is refused so
-        return 0.0
-    return float(value)
 
 
 def _claimed_words(claims: Document, name: str) -> list[str]:
@@ -885,7 +876,7 @@ class _Answer:
     def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
         self.status = status
         self.reason = reason
-        # Of a repeated header the last one counts; _check_framing refuses two lengths.
+        # Of a repeated header the last one counts. Two lengths have been refused by then.
         self.headers: dict[str, str] = {name.lower(): value for name, value in headers}
         self.body = body
 
@@ -897,7 +888,8 @@ class _Exchange:
         self, client: Client, method: str, *path: str, request: Document | None = None,
         timeout: float | None = None,
     ) -> None:
-        _restore_modules(client._modules)
+        if sys.is_finalizing():  # in a `__del__`, where imports fail, as sys.modules is emptied
+            sys.modules.update(client._modules)
         import json
         import urllib.parse
         self.method = method
@@ -917,7 +909,7 @@ class _Exchange:
             raise ConfigError(f"`timeout` {self.timeout!r} is not a number of seconds >= 0")
         # One deadline for all: the limit of a socket would start anew with each byte.
         self.deadline = time.monotonic() + self.timeout
-        self.retry_pauses_seconds = client._retry_pauses_seconds
+        self.retries = client._retries
         self.was_lost = False  # whether a connection was lost after a request had been sent
         self.secrets = [self.token]
         self.peer, self.proxy_name, self.proxy_login = self.url, "", ""
@@ -928,43 +920,39 @@ class _Exchange:
             self.proxy_login = _basic_login(self.peer.netloc)
             password = self.peer.password or ""
             self.secrets += [self.proxy_login, password, urllib.parse.unquote(password)]
-        self._attempt = _Attempt(self)  # for run_state, if an interrupt comes before the first try
-
-    @property
-    def run_state(self) -> str:
-        """How far the latest attempt came. After `not_sent` any request may be sent again."""
-        return self._attempt.run_state
+        self.run_state = "not_sent"  # that of the latest attempt
 
     def fetch(self, shape: Any = dict) -> Document:
         """Send the request, again where that is safe; return the document of a usable answer."""
-        for pause_seconds in self.retry_pauses_seconds:
+        retries = 0
+        while True:
             start = time.monotonic()
+            pause_seconds = _RETRY_PAUSE_SECONDS * 2**retries
             try:
                 return self._try_once(shape)
             except BusContainersError as error:
                 if self.run_state != "not_sent" and isinstance(error, TransportError):
                     self.was_lost = True
-                end = time.monotonic() + pause_seconds
-                is_in_time = not self.timeout or end < self.deadline
-                if not self._may_retry(error, start) or not is_in_time:
+                is_late = self.timeout and time.monotonic() + pause_seconds >= self.deadline
+                if retries == self.retries or is_late or not self._may_retry(error, start):
                     raise
                 self.observer.explain(f"{error.reason}; trying again in {pause_seconds} s")
             _pause(pause_seconds, self.next_wait_seconds)
-        return self._try_once(shape)
+            retries += 1
 
     def _try_once(self, shape: Any) -> Document:
-        self._attempt = _Attempt(self)  # what is known of a try is that try's own
-        document: Document = _usable_document(self, self._attempt.perform(), shape)
+        attempt = _Attempt(self)  # what is known of a try is that try's own
+        document: Document = _usable_document(self, attempt.perform(), shape)
         if self.method == "POST":
             self.observer.receive_run(document)
-        # A 202, say, without an exit code does not tell that the run has ended.
-        if self.method != "POST" or document.get("exit_code") is not None:
-            self._attempt.enter_state("finished")
+            # Without an exit code, as in a 202, the run may still be going on.
+            if document.get("exit_code") is not None:
+                attempt.enter_state("finished")
         return document
 
     def _may_retry(self, error: BusContainersError, start: float) -> bool:
         if self.run_state == "not_sent":
-            # An API behind a firewall that drops packets is not worth another ten seconds.
+            # A try that took all of the ten seconds met a firewall that drops packets.
             return error.retryable and time.monotonic() - start < _CONNECT_SECONDS
         if isinstance(error, ApiError) and error.status not in (502, 503, 504):
             return False  # those are what a gateway says where its backend is not up
@@ -1024,7 +1012,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
             continue
         text = text.replace(secret, "[redacted]")
         pattern = "".join(map(_any_form, secret))
-        if "(" in pattern:  # it has other forms
+        if "(" in pattern:  # a character of it has more than one form
             import re
             text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
     return text
@@ -1060,7 +1048,7 @@ _SOCKET_OPTIONS = [
 class _Attempt(io.RawIOBase):
     """One connection, with what it knows of a run.
 
-    It is also the socket of http.client, which calls `sendall`, `makefile` and `readinto`.
+    It is also the socket and the raw stream of http.client, which calls all from `sendall` on.
     All but the look-up of a name happens in the caller's thread. So there is nobody who could
     still send something after the caller has given up, by a deadline or by any number of signals.
     """
@@ -1074,7 +1062,7 @@ class _Attempt(io.RawIOBase):
         self.enter_state("not_sent")
 
     def enter_state(self, run_state: str) -> None:
-        self.run_state = run_state
+        self.run_state = self.exchange.run_state = run_state
         self.exchange.observer.enter_state(run_state)
 
     def perform(self) -> _Answer:
@@ -1128,8 +1116,8 @@ class _Attempt(io.RawIOBase):
                 failures.append(error)
 
         try:
-            if sys.is_finalizing():  # before Python 3.12 Thread.start would wait for ever
-                raise RuntimeError
+            if sys.is_finalizing():
+                raise RuntimeError  # as Thread.start does, which before Python 3.12 waits for ever
             thread = threading.Thread(target=look_up, daemon=True)
             thread.start()
         except RuntimeError:
@@ -1151,7 +1139,7 @@ class _Attempt(io.RawIOBase):
         connecting: list[Any] = []
         end = time.monotonic() + _CONNECT_SECONDS
         next_start = 0.0
-        failure = OSError("the name has no address")
+        failure = OSError("the name has no address")  # unless one of them fails
         selector = selectors.DefaultSelector()
         try:
             while addresses or connecting:
@@ -1282,7 +1270,7 @@ class _Attempt(io.RawIOBase):
         with handler.do_open(reuse_connection, self._request()) as response:
             # Of the interim answers http.client skips only 100. A 101 is not one: it ends HTTP.
             while 102 <= response.status < 200:
-                # begin() returns at once while there are headers.
+                # begin() reads the next head, but only where there is none yet.
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
             self._show_answer(response)
@@ -1295,20 +1283,21 @@ class _Attempt(io.RawIOBase):
 
     def _show_answer(self, response: Any) -> None:
         lines = [f"{response.status} {response.reason}"]
-        lines += [f"{name}: {value}" for name, value in response.getheaders()]
+        for name, value in response.getheaders():
+            lines.append(f"{name}: {value}".replace("multipart//", "multipart/"))
         exchange = self.exchange
         exchange.observer.show_headers("<", [exchange.quote(line) for line in lines])
 
-    # http.client reports neither a body that is cut nor a length that is not a number.
     def _read_body(self, response: Any) -> bytearray:
+        """Read the body in pieces, which http.client does without an error where it is cut."""
         import http.client
         body = bytearray()
         try:
             self._check_framing(response.headers)
             while piece := response.read(_IO_BYTES):
                 body += piece
-            # http.client counts the length down. Without one the connection's end is the body's
-            # end, but where there is no body either, it may be the headers that were cut.
+            # http.client counts the length down to 0. Without a length the connection's end is the
+            # body's end. Without a body either, it may be the headers that were cut.
             is_bare = response.length is None and not response.chunked and not body
             if response.length or is_bare:
                 raise http.client.IncompleteRead(b"", response.length)
@@ -1338,7 +1327,7 @@ class _Attempt(io.RawIOBase):
                     raise
 
     def sendall(self, data: bytes) -> None:
-        # http.client sends a head by itself, and the JSON of a body never ends so.
+        # http.client sends a head by itself, and no JSON body ends in an empty line.
         if data.endswith(b"\r\n\r\n"):
             lines = data.decode("latin-1").splitlines()
             self.exchange.observer.show_headers(">", lines[:-1])
@@ -1358,7 +1347,7 @@ class _Attempt(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count: int = self._wait_for(self.sock.recv_into, buffer)
-        # Counted here, as http.client reads a chunk of length -1 to the connection's end.
+        # Counted here, as http.client takes a chunk of length -1 for all up to the end.
         self.received_bytes += count
         if self.received_bytes > _MAX_ANSWER_BYTES:
             raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
@@ -1369,8 +1358,8 @@ class _Attempt(io.RawIOBase):
 
 
 class _AnswerReader(io.BufferedReader):
-    # email, with which http.client parses headers, would look for the parts of a multipart answer,
-    # in a time that grows with the square of the header's length, and raises what it likes.
+    # http.client parses headers with email's parser, which would look for the parts of a multipart
+    # body: in a time that grows with the square of the header's length, and with any exception.
     def readline(self, limit: int | None = -1) -> bytes:
         import re
         return re.sub(b"(?i)multipart/", b"multipart//", super().readline(limit))
@@ -1544,16 +1533,18 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
         yield f"recommended plan: {exchange.quote(plan)}"
 
 
-# It imports only what plain http has already imported: there may be no `_ssl`, or no memory for it.
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
-    """Return the error of what urllib, http.client, ssl or a socket raised during an attempt."""
+    """Return the error of what urllib, http.client, ssl or a socket raised during an attempt.
+
+    It imports only what plain http has imported: there may be no `_ssl`, or no memory for it.
+    """
     import http.client
     import urllib.error
     exchange = attempt.exchange
     if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, OSError):
         failure = failure.reason  # urllib wraps what fails while it sends
     if _is_late_refusal(attempt, failure):
-        attempt.enter_state("not_sent")
+        attempt.enter_state("not_sent")  # on which the branches below depend
     reason = exchange.quote(_reason_of(failure))
     if isinstance(failure, MemoryError):
         return exchange.error(ProtocolError, "there is not enough memory for it and its answer")
@@ -1573,7 +1564,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if reason.lstrip().startswith("<"):
         reason = "it starts with a page of HTML"
     text = f"the answer is not valid HTTP: {reason}"
-    if attempt.run_state == "not_sent":
+    if attempt.run_state == "not_sent":  # so it is the answer to CONNECT
         text = f"the answer of {exchange.proxy_name} is not valid HTTP: {reason}"
     return exchange.error(ProtocolError, text, advice)
 
@@ -1641,7 +1632,8 @@ def _certificate_advice(environ: Mapping[str, str]) -> str:
             return f"{name} names {path}, which {problem}"
     paths = ssl.get_default_verify_paths()
     has_files = any(names for _, _, names in os.walk(paths.openssl_capath))
-    if not has_files and not os.path.isfile(paths.openssl_cafile):
+    is_set = environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR")
+    if not is_set and not has_files and not os.path.isfile(paths.openssl_cafile):
         return "no CA certificates here: install the package ca-certificates, or set SSL_CERT_FILE"
     return "check `api_url` and the clock, or set SSL_CERT_FILE to a PEM file with the server's CA"
 
@@ -1673,7 +1665,7 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
 # ---- Formats: a document in, pieces of text out ------------------------------------------------
 
 
-# For columns that are not simply the key of the same name: the keys to look at, in this order.
+# Columns that the API names otherwise, or in more than one way: the keys to look at, in this order.
 _ALIASES = {
     "id": ("id", "provider"),
     "run_id": ("run_id", "id"),
@@ -1775,7 +1767,7 @@ def _format_tsv(command: str, document: Any) -> Iterator[str]:
         yield "\t".join(cells) + "\n"
 
 
-# To add a format, add its function here and its name to `--format`. Pieces may have any size.
+# To add a format, add a function above, a row here and a word to `--format`.
 _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
     "json": _format_json,
     "text": _format_text,
@@ -1858,7 +1850,8 @@ _COMMANDS = {
 }
 
 # To add an option, add a row here, and use its value where the command runs. An option takes a
-# value in each command that has it or in none. A default is text for the help.
+# value in each command that has it or in none. A default is text for the help, and for a choice
+# (`a|b`) the value, too.
 _OPTIONS = [  # command ("" is every one), short name, long name, value, description, default
     ("", "-h", "--help", "", "print help; after a command, help for it", ""),
     ("", "-V", "--version", "", "print the version", ""),
@@ -1881,7 +1874,7 @@ _OPTIONS = [  # command ("" is every one), short name, long name, value, descrip
     ("run", "", "--timeout", "DURATION", "limit of the HTTP exchange, 0 is none", "30m"),
     ("help", "-f", "--format", "opencli|json", "print an OpenCLI document; both are the same", ""),
 ]
-# The failure code of the commands that it is for, 0 for every command; exit code; description.
+# Which commands have it (125 or 1: those that fail with that code, 0: all); exit code; description.
 _EXIT_CODES = [
     (0, "0", "success (for run: of the command, else the command's own exit code)"),
     (1, "1", "any other failure, except of run"),
@@ -2098,7 +2091,7 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
         if name not in rows:
             raise _UsageError(_unknown_option(name))
         _, _, _, value_name, _, _ = rows[name]
-        # argparse drops a value of `--` before Python 3.12.2.
+        # argparse drops a value of `--` before Python 3.12.2, so it counts as none.
         if value in (None, "--") and value_name:
             raise _UsageError(f"{name} needs a value: {name} {value_name}")
         if value is not None and not value_name:
@@ -2129,9 +2122,9 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
         if not value_name:
             parser.add_argument(name, action="count", default=0)
             continue
-        # The other defaults (30s, 30m, codex) depend on more, and are applied where they are used.
+        # The other defaults (30s, 30m, codex) depend on more: the code that uses them has them.
         chosen = default if "|" in value_name and default else None
-        # argparse lets a _UsageError through.
+        # Not a ValueError, which argparse would print in its own way.
         convert = functools.partial(_as_usage_error, _convert, value_name, what=f"{name}: ")
         parser.add_argument(name, type=convert, default=chosen)
     return parser
@@ -2164,7 +2157,7 @@ def _convert(value_name: str, text: str) -> Any:
             raise ConfigError(f"{_shown(text)!r} is not {_WHOLE_NUMBER}")
         return int(text)
     elif value_name in ("DIR", "FILE", "PATH"):
-        # As the system spells it. What is not UTF-8 has been refused by _main.
+        # As the locale spells it, in place of the UTF-8 that _decode_argument made of it.
         return os.fsdecode(text.encode())
     return text
 
@@ -2200,10 +2193,12 @@ def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
 
-# A host program may have replaced a standard stream by any object. A stream that compresses has a
-# descriptor, too, but only a plain file's may be written to.
 def _descriptor(stream: Any) -> int | None:
-    """Return the descriptor that can be written to in a stream's place, or None."""
+    """Return the descriptor that can be written to in a stream's place, or None.
+
+    A host program may have replaced a standard stream by any object. That of gzip, say, has a
+    descriptor, too, to which only the object itself may write.
+    """
     if type(stream) is not io.TextIOWrapper:
         return None
     try:
@@ -2222,8 +2217,8 @@ def _is_writable(descriptor: int, seconds: float) -> bool:
         return True  # nobody knows: Windows selects sockets only
 
 
-# A system call for each piece would cost more than the piece, and a join would copy a large one.
 def _gathered(pieces: Iterable[str]) -> Iterator[str]:
+    """Join small pieces, each of which would cost a system call; a large one is not copied."""
     import itertools
     left = iter(pieces)
     while batch := list(itertools.islice(left, 1000)):
@@ -2283,8 +2278,8 @@ class _Process:
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._interrupt)
         gc.disable()  # what it makes lives to its end, and collecting slows large answers down
-        # Where one of these is closed, the next socket would get its number. Nothing can be written
-        # to a folder, not by way of /dev/stdout either.
+        # Where one of these is closed, the next socket would get its number. The folder / takes its
+        # place, as nothing can be written to that, not by way of /dev/stdout either.
         for descriptor in (0, 1, 2):
             try:
                 os.fstat(descriptor)
@@ -2298,14 +2293,13 @@ class _Process:
             self.signal_number = number
             if not self.is_writing:
                 raise _Interrupted(128 + number)
-        # The first one's message gets the time that a message has.
+        # A second signal ends the process, unless the first one's message is still on its way.
         elif time.monotonic() - self.signal_time > _PATIENCE_SECONDS:
             self.signal_number = number
             self.end(128 + number)
 
-    # Python drops an exception that is raised in a destructor or in a weakref's callback. So the
-    # signal is recorded, and each tick looks here.
     def check_signals(self) -> None:
+        """Raise what Python dropped if the handler ran in a destructor or a weakref's callback."""
         if self.signal_number:
             raise _Interrupted(128 + self.signal_number)
 
@@ -2351,7 +2345,8 @@ class _Reporter(_Observer):
         self.is_coloured = colour == "always" or (colour == "auto" and is_wanted)
         self.process = process
         self.url_source = "--api-url"
-        # A token may stand in the wrong place of the command line, and in quotes in its variable.
+        # Before a token is resolved: it may stand in a wrong place of the command line, too, which
+        # an error quotes, and in quotes in its variable.
         self.secrets = [os.environ.get(name, "").strip(" \n\"'") for name in _TOKEN_VARIABLES]
         self.run_state = "not_sent"
         self.outcome = ""  # of a run, which whatever fails after it has to tell
@@ -2403,7 +2398,7 @@ class _Reporter(_Observer):
             self._print("warning", text)
 
     def explain(self, text: str) -> None:
-        if self.is_verbose and text != self.explained:  # as each look of --wait would say
+        if self.is_verbose and text != self.explained:  # each look of --wait would repeat it
             self.explained = text
             self._print("verbose", text)
 
@@ -2417,7 +2412,7 @@ class _Reporter(_Observer):
             self._print("trace", f"{mark} {line}")
 
     def show_progress(self, text: str) -> None:
-        """Start to show how long something takes, after its first second; "" stops that."""
+        """After a second, show the time that something takes, then this text; "" stops that."""
         if self.drawn:
             self._write(self._erasure(), 0)
         self.drawn = ""
@@ -2426,7 +2421,7 @@ class _Reporter(_Observer):
         self.next_seconds = 1 if self.is_terminal else _STILL_RUNNING_SECONDS
 
     def error(self, error: BusContainersError, command: str | None) -> None:
-        """Print an error."""
+        """Print an error, in the command line's words, with what is known of a run."""
         self.process.is_writing = True  # until _write ends, so that no signal takes it away
         self.has_failed = True
         if isinstance(error, _UsageError):
@@ -2450,7 +2445,7 @@ class _Reporter(_Observer):
         for name in _options_of(command):
             names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
         for parameter, name in names.items():
-            # In an ApiError's advice only `api_url` is ours; the rest may be a server's words.
+            # An ApiError may quote a server, and none of our own advice in it names any other.
             if parameter == "`api_url`" or not isinstance(error, ApiError):
                 error.advice = error.advice.replace(parameter, name)
             if isinstance(error, ConfigError):
@@ -2481,8 +2476,7 @@ class _Reporter(_Observer):
         """Print what `run --format text` has for standard error: the container's, and a line."""
         errors = _cell(document, "stderr")
         output = errors or _cell(document, "stdout")
-        # What the container wrote last may lack the end of its line. Standard output is in the way
-        # of the next line only where both are on the same screen.
+        # Our line starts a new one: after the container's stderr, or its stdout on the same screen.
         if output and output[-1] != "\n" and (errors or (self.is_terminal and is_on_terminal)):
             errors += "\n"
         try:
@@ -2518,9 +2512,12 @@ class _Reporter(_Observer):
     def _erasure(self) -> str:
         return "\r\033[K" if self.drawn else ""
 
-    # A result must not wait for a standard error that nobody reads: after a message that was not
-    # taken in time, the next ones do not wait. A signal is seen after a message, not amid it.
-    def _write(self, text: str, patience_seconds: float) -> None:
+    def _write(self, text: str, wait_seconds: float) -> None:
+        """Write to standard error, or give up: a result must not wait for one that nobody reads.
+
+        After a message that was not taken in time, the next ones do not wait. A signal is seen
+        after a message, not amid it.
+        """
         self.process.is_writing = True
         try:
             descriptor = _descriptor(sys.stderr)
@@ -2529,8 +2526,8 @@ class _Reporter(_Observer):
                 return
             # POSIX: a writable pipe takes 512 bytes at once, so 128 characters of up to 4 bytes.
             for start in range(0, len(text), 128):
-                if not _is_writable(descriptor, patience_seconds):
-                    if patience_seconds:
+                if not _is_writable(descriptor, wait_seconds):
+                    if wait_seconds:
                         self.patience_seconds = 0
                     return
                 if start == 0:
@@ -2604,7 +2601,7 @@ class _Result:
             elif self._held is not None:
                 _write_all(self._held, make_pieces())
             elif not _replace(self._path, make_pieces):
-                # It may be another's in /tmp, where O_CREAT fails, or have become a FIFO.
+                # O_CREAT fails for another's file in /tmp. It may have become a FIFO: O_NONBLOCK.
                 flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
                 self._held = os.open(self._path, flags)
                 _write_all(self._held, make_pieces())
@@ -2645,7 +2642,7 @@ def _is_shared(status: os.stat_result) -> bool:
     if status.st_nlink != 1:
         return True
     # A shell or a host program has it open, as with `> out` or `/dev/fd/3`.
-    for descriptor in range(256):
+    for descriptor in range(256):  # more than a shell's redirections use
         try:
             if os.path.samestat(status, os.fstat(descriptor)):
                 return True
@@ -2674,7 +2671,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
                 raise
             return False
         with open(descriptor, "wb", buffering=0):  # which closes it
-            # Root, or another member of a group, would take the file from its owner.
+            # A rename would give the file to us, or to another group.
             new = os.fstat(descriptor)
             if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
                 return False
@@ -2741,8 +2738,8 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
         try:
             # There may be no token yet.
             client = client or _client(args, report)
-            client._retry_pauses_seconds = ()  # this loop is what tries again
-            # A look that hangs ends with the wait, and a last one follows, of a second at most.
+            client._retries = 0  # this loop is what tries again
+            # Whatever --timeout says, a look ends with the wait; a last one takes a second at most.
             client.timeout = min(args.timeout or _TIMEOUT_SECONDS, max(left, 1))
             document = client.status()
             states = [_cell(item, "state") for item in _items("status", document)]
@@ -2773,7 +2770,7 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     if timeout is None:
         timeout = _run_timeout(limit)
     elif limit and 0 < timeout <= limit:
-        text = f"--timeout {timeout:g}s is not longer than --timeout-seconds {limit}"
+        text = f"--timeout {timeout:.15g}s is not longer than --timeout-seconds {limit}"
         report.warn(f"{text}: the answer may come too late")
     within = ""
     if limit or timeout:
