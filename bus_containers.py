@@ -98,11 +98,13 @@ _STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten min
 _PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
 
 _MAX_ANSWER_BYTES = 1 << 30  # a server must not fill the memory
+_MAX_ERROR_BYTES = 1 << 20  # what is longer does not come from the API, and takes long to redact
 _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
 _MAX_JSON_DIGITS = 4300  # Python's own limit since 3.9.14; older ones have none
 _TOO_MANY_DIGITS = f"it has a number of more than {_MAX_JSON_DIGITS:,} digits"
 _MAX_QUOTED = 4000  # characters of one text of a server in a message
 _MAX_CELL = 40  # a longer cell does not widen its column
+_NOT_OF_EMAIL = "\x7f"  # in a header, so that email's parser does not know what it says
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
 
@@ -429,14 +431,15 @@ class Client:
 def _load_modules(api_url: str) -> dict[str, Any]:
     """Import what a request needs, and return all modules. Raises BusContainersError.
 
-    A missing `_ssl`, or no free descriptor to read a module, has to show before anything is sent.
+    A missing `_ssl`, a script that has a module's name, or no free descriptor to read a module, has
+    to show before anything is sent.
     """
     try:
         for name in ("ipaddress", "json", "re", "selectors", "threading", "urllib.request"):
             __import__(name)
         if api_url.lower().startswith("https:"):
             __import__("ssl")
-    except (ImportError, OSError) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - of a script, any
         fault = _internal_error(error)
         fault.run_state = "not_sent"
         raise fault from None
@@ -573,9 +576,9 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
     `BUS_API_TOKEN`, the file `auth/api-token` in the config directory (`BUS_CONFIG_DIR`,
     `$XDG_CONFIG_HOME/bus`, `~/.config/bus`). Raises ConfigError, which holds nothing of the token.
     """
-    if not isinstance(path, (str, type(None))):
-        raise ConfigError("`path` is not text")
     if path is not None:
+        if not isinstance(path, str):
+            raise ConfigError("`path` is not text")
         # Before the file is opened: an error of that would print the path, which may be the token.
         if _looks_like_token(path):
             text = "no token: the value of `path` looks like a token, not a path"
@@ -919,7 +922,9 @@ class _Exchange:
             self.proxy_name = f"the proxy {_redacted_url(proxy)}"
             self.proxy_login = _basic_login(self.peer.netloc)
             password = self.peer.password or ""
-            self.secrets += [self.proxy_login, password, urllib.parse.unquote(password)]
+            unquote = urllib.parse.unquote
+            self.secrets += [self.proxy_login, password, unquote(password)]
+            self.secrets.append(unquote(password, "latin-1"))  # as http.client decodes a head
         self.run_state = "not_sent"  # that of the latest attempt
 
     def fetch(self, shape: Any = dict) -> Document:
@@ -1019,7 +1024,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
 
 
 def _any_form(character: str) -> str:
-    if character.isalnum() or character in "-._~":  # nothing escapes these
+    if character.isascii() and (character.isalnum() or character in "-._~"):  # never escaped
         return f"[{character}]"
     code = ord(character)
     return rf"(\\?\{character}|%{code:02x}|\\u{code:04x}|&#?\w+;)"
@@ -1197,9 +1202,8 @@ class _Attempt(io.RawIOBase):
         self.is_tunnelled = True
         self.received_bytes = 0  # those were the proxy's
 
-    # ssl.create_default_context is strict about X.509 from Python 3.13 on, and it fails where
-    # SSLKEYLOGFILE cannot be opened. Here the rules are the same on every Python.
     def _start_tls(self) -> None:
+        """Start TLS by the same rules on every Python: those of create_default_context differ."""
         import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2  # the default since Python 3.10
@@ -1208,12 +1212,6 @@ class _Attempt(io.RawIOBase):
         context.set_alpn_protocols(["http/1.1"])  # or a server might choose HTTP/2
         if sys.platform == "win32":
             context.load_default_certs()  # they are in a store, not in a file or a folder
-        try:
-            keylog = self.exchange.environ.get("SSLKEYLOGFILE")
-            if keylog:
-                context.keylog_filename = keylog
-        except OSError:
-            pass  # as in curl, no reason to fail
         # An empty variable counts as unset; to OpenSSL it would be the name of a file.
         environ, paths = self.exchange.environ, ssl.get_default_verify_paths()
         cafile = environ.get("SSL_CERT_FILE") or paths.openssl_cafile
@@ -1284,7 +1282,7 @@ class _Attempt(io.RawIOBase):
     def _show_answer(self, response: Any) -> None:
         lines = [f"{response.status} {response.reason}"]
         for name, value in response.getheaders():
-            lines.append(f"{name}: {value}".replace("multipart//", "multipart/"))
+            lines.append(f"{name}: {value}".replace(_NOT_OF_EMAIL, ""))
         exchange = self.exchange
         exchange.observer.show_headers("<", [exchange.quote(line) for line in lines])
 
@@ -1296,6 +1294,8 @@ class _Attempt(io.RawIOBase):
             self._check_framing(response.headers)
             while piece := response.read(_IO_BYTES):
                 body += piece
+                if response.status >= 300 and len(body) > _MAX_ERROR_BYTES:
+                    break
             # http.client counts the length down to 0. Without a length the connection's end is the
             # body's end. Without a body either, it may be the headers that were cut.
             is_bare = response.length is None and not response.chunked and not body
@@ -1358,11 +1358,13 @@ class _Attempt(io.RawIOBase):
 
 
 class _AnswerReader(io.BufferedReader):
-    # http.client parses headers with email's parser, which would look for the parts of a multipart
-    # body: in a time that grows with the square of the header's length, and with any exception.
+    # http.client parses headers with email's parser, which would look for a body with parts or for
+    # a message in it: for minutes, and with any exception. A lone CR would end a line of email's,
+    # but not of http.client, which limits the lines.
     def readline(self, limit: int | None = -1) -> bytes:
         import re
-        return re.sub(b"(?i)multipart/", b"multipart//", super().readline(limit))
+        line = re.sub(rb"\r(?!\n)", b" ", super().readline(limit))
+        return re.sub(b"(?i)(multipart|message)/", rf"\1{_NOT_OF_EMAIL}/".encode(), line)
 
 
 def _start_connecting(family: int, type_: int, protocol: int, _name: str, address: Any) -> Any:
@@ -1785,7 +1787,8 @@ class _Command:
 
     def __init__(
         self, method: str, failure_code: int, columns: str, summary: str, description: str,
-        arguments: Sequence[tuple[str, bool, bool, str]], examples: Sequence[tuple[str, str]],
+        arguments: Sequence[tuple[str, bool, bool, str]],
+        examples: Sequence[tuple[str, str]],
     ) -> None:
         self.method = method  # of its request; it decides which scope the token needs
         self.failure_code = failure_code  # for failures that have no exit code of their own
@@ -1896,7 +1899,6 @@ _VARIABLES = [  # name, may hold a secret, description, default
     ("NO_PROXY", False, "hosts without proxy: names, .suffixes, addresses, CIDR, *", ""),
     ("SSL_CERT_FILE", False, "file of CA certificates, instead of the system's file", ""),
     ("SSL_CERT_DIR", False, "folder of CA certificates, instead of the system's folder", ""),
-    ("SSLKEYLOGFILE", False, "file that gets the keys of TLS, for packet analysers", ""),
     ("NO_COLOR", False, "no colour with --color auto, as with TERM=dumb", ""),
 ]
 _SUMMARY = "run commands in containers of the AI Platform"
@@ -2459,7 +2461,7 @@ class _Reporter(_Observer):
         self.error(error, command)
         return code
 
-    def fault(self, fault: Exception, command: str | None, exit_code: int) -> int:
+    def fault(self, fault: BaseException, command: str | None, exit_code: int) -> int:
         """Print an unexpected exception; --verbose adds the places, without values."""
         # Some callbacks of Python wrap what a signal's handler raises in another exception.
         if self.process.signal_number:
@@ -2852,7 +2854,8 @@ def _main(argv: Sequence[str] | None, process: _Process) -> int:
         return 2 if isinstance(error, _UsageError) else code
     except KeyboardInterrupt as interrupt:
         return report.interrupt(interrupt, command)
-    except Exception as fault:  # noqa: BLE001 - a fault of ours is told in a line, like any other
+    # SystemExit is that of a script which is in the way of a module.
+    except (Exception, SystemExit) as fault:  # noqa: BLE001 - told in a line, like any other
         return report.fault(fault, command, code)
 
 
@@ -2867,7 +2870,7 @@ def _print_about(command: str | None, options: _Options) -> int:
 def _check_encoding(argv: Sequence[str]) -> None:
     for number, word in enumerate(argv, 1):
         if word != word.encode(errors="replace").decode():
-            raise _UsageError(f"argument {number} is not valid UTF-8: {word[:60]!a}")
+            raise _UsageError(f"argument {number} is not valid UTF-8")
 
 
 def _decode_argument(word: str) -> str:

@@ -552,6 +552,7 @@ HIDES_OURS = {
     "AssertionError", "LookupError", "KeyError", "IndexError", "ArithmeticError",
 }  # fmt: skip
 MAY_CATCH: set[tuple[str, str]] = {
+    ("_load_modules", "Exception"),  # a file in the way of a module may raise anything
     ("_main", "Exception"),  # the last resort, which reports it as the program's own fault
     ("_Attempt._look_up.look_up", "Exception"),  # in a thread; raised again in the caller's
     ("_Attempt._look_up", "RuntimeError"),  # no thread can be started

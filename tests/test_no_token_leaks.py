@@ -286,7 +286,8 @@ def check_no_password(said: bytes) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_proxy_that_sends_its_login_back(scheme: str, cli: InProcess) -> None:
+@pytest.mark.parametrize("password", [PLAIN, "s3cr3t-C0%C3%A9NTENT", "s3cr3t-C0%E9NTENT"])
+def test_a_proxy_that_sends_its_login_back(scheme: str, password: str, cli: InProcess) -> None:
     """In the status line, in headers and in the message of an error, in every form."""
 
     def script(connection: Connection) -> None:
@@ -294,13 +295,14 @@ def test_a_proxy_that_sends_its_login_back(scheme: str, cli: InProcess) -> None:
         value = re.search(rb"(?i)\r\nproxy-authorization: (\S+ (\S+))\r\n", request)
         assert value
         plain = base64.b64decode(value[2])
-        text = b" ".join((value[1], value[2], plain, plain[len(USER) + 1 :])).decode()
+        text = b" ".join((value[1], value[2], plain, plain[len(USER) + 1 :])).decode("latin-1")
         headers = (f"X-Echo: {text}", f'Proxy-Authenticate: Basic realm="{text}"')
-        body = json.dumps({"error": {"type": text, "message": f"bad login {text}"}}).encode()
+        told = f"bad login {text} {html.escape(text)} {text.encode('ascii', 'xmlcharrefreplace')!r}"
+        body = json.dumps({"error": {"type": text, "message": told}}).encode()
         connection.send(message(body, f"407 No {text}", *headers))
 
     with Hostile(script) as proxy:
-        url = proxy.url.replace("//", f"//{USER}:{PLAIN}@")
+        url = proxy.url.replace("//", f"//{USER}:{password}@")
         environ = {"BUS_AI_TOKEN": CANARY, "HTTP_PROXY": url, "HTTPS_PROXY": url}
         environ["BUS_AI_API_URL"] = f"{scheme}://platform.test"
         for options in (("-vv",), ("-vv", "--error-format", "json")):

@@ -52,10 +52,10 @@ def check_fault(result: Result, code: int, *says: str) -> dict[str, Any]:
     return error
 
 
-def shadow(folder: Path, name: str) -> Env:
+def shadow(folder: Path, name: str, script: str = "") -> Env:
     """A script of the user's own with the name of a module, in a folder on PYTHONPATH."""
     (folder / name).mkdir()
-    (folder / name / f"{name}.py").touch()
+    (folder / name / f"{name}.py").write_text(script)
     return {"PYTHONPATH": str(folder / name)}
 
 
@@ -73,6 +73,29 @@ def test_a_file_in_the_way_of_a_module(program: Program, api: Api, tmp_path: Pat
     check_fault(program(*RUN, at=api, env=env), 125, "json", "Error: ")
     check_fault(program("status", at=api, env=env), 1, "json", "Error: ")
     assert "POST" not in api.methods()
+
+
+CLIENT = """
+import bus_containers
+try:
+    bus_containers.Client("http://127.0.0.1:1", "t0ken")
+except bus_containers.BusContainersError as error:
+    print(error.kind, error.run_state)
+"""
+
+
+@pytest.mark.parametrize("script", ["raise SystemExit(0)", "import json; json.surprise"])
+def test_a_script_in_the_way_that_ends_or_fails(
+    script: str, program: Program, api: Api, tmp_path: Path
+) -> None:
+    """No exit 0 from it, and no exception of another kind out of the library."""
+    env = shadow(tmp_path, "json", script)
+    check_fault(program(*RUN, at=api, env=env), 125)
+    check_fault(program("status", at=api, env=env), 1)
+    assert api.requests == []
+    places = (env["PYTHONPATH"], os.path.dirname(str(bus_containers.__file__)))
+    host = Program([sys.executable, "-c", CLIENT], program.home)
+    assert host(env={"PYTHONPATH": os.pathsep.join(map(str, places))}).out == b"internal not_sent\n"
 
 
 @second_tier

@@ -112,8 +112,7 @@ TRUSTED = {
     "odd": Trusted({"SSL_CERT_FILE": "ITS"}, "ODD"),
     "the-server-itself": Trusted({"SSL_CERT_FILE": "GOOD"}),  # without its CA
     # What cannot be opened is ignored, as in curl.
-    "no-key-log": Trusted({"SSL_CERT_FILE": "CA", "SSLKEYLOGFILE": "TMP/missing/keys"}),
-    "bad-key-log": Trusted({"SSL_CERT_FILE": "CA", "SSLKEYLOGFILE": "TMP"}),
+    "no-key-log": Trusted({"SSL_CERT_FILE": "CA", "SSLKEYLOGFILE": "/dev/full"}),
 }
 
 
@@ -218,7 +217,7 @@ def test_a_ca_that_cannot_be_used(
 
 @second_tier
 def test_a_machine_without_any_ca_certificate(
-    program: Program, server: Hostile, tmp_path: Path
+    program: Program, server: Hostile, certificates: Certificates, tmp_path: Path
 ) -> None:
     skip_if(why_no_namespace())
     paths = ssl.get_default_verify_paths()
@@ -229,6 +228,9 @@ def test_a_machine_without_any_ca_certificate(
     program.command = with_files(program.command, {str(folder): tmp_path / "empty"})
     advice = "no CA certificates here: install the package ca-certificates, or set SSL_CERT_FILE"
     check_failure(program(*RUN, at=server), 125, REFUSED, f"; {advice}")
+    env: Env = {"SSL_CERT_FILE": str(certificates.other_ca)}
+    advice = "check BUS_AI_API_URL and the clock, or set SSL_CERT_FILE"
+    check_failure(program(*RUN, at=server, env=env), 125, REFUSED, f"; {advice}")
 
 
 # --- another protocol -------------------------------------------------------------------------
