@@ -106,6 +106,7 @@ _MAX_QUOTED = 4000  # characters of one text of a server in a message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _NOT_OF_EMAIL = "\x7f"  # in a header, so that email's parser does not know what it says
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no deadline meanwhile
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
 
 
@@ -113,12 +114,9 @@ def _visible(text: str) -> str:
     """Escape what is not printable, so that text from outside cannot drive the terminal."""
     if text.isprintable():
         return text
-    characters = []
-    for character in text:
-        if not character.isprintable():
-            character = ascii(character)[1:-1]
-        characters.append(character)
-    return "".join(characters)
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
 
 
 def _shown(text: str) -> str:
@@ -349,7 +347,8 @@ class Client:
         raise exchange.error(ProtocolError, "the answer says nothing")
 
     def run(
-        self, command: Sequence[str], *, profile: str | None = None, image: str | None = None,
+        self, command: Sequence[str], *,
+        profile: str | None = None, image: str | None = None,
         timeout_seconds: int | None = None, timeout: float | None = None,
     ) -> Document:
         """Run a command in a fresh container; return `run_id`, `exit_code` and more, unchecked.
@@ -431,8 +430,7 @@ class Client:
 def _load_modules(api_url: str) -> dict[str, Any]:
     """Import what a request needs, and return all modules. Raises BusContainersError.
 
-    A missing `_ssl`, a script that has a module's name, or no free descriptor to read a module, has
-    to show before anything is sent.
+    What is missing, in the way of a module or out of descriptors shows before anything is sent.
     """
     try:
         for name in ("ipaddress", "json", "re", "selectors", "threading", "urllib.request"):
@@ -512,8 +510,7 @@ _PRIVATE = (
     f"{_LOOPBACK},.local,.internal,.test,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,"
     "fc00::/7,fe80::/10"
 )
-# Nothing but ASCII: a name in another script has to be written as xn--. No user, query or fragment:
-# [!-\"$->@-~] is what is printable, without # and ?.
+# Nothing but ASCII (a name in another script is written as xn--), and no user, ? or # in it.
 _LABEL = "[0-9A-Za-z_-]{1,63}"
 _ORIGIN = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])"
 _BASE_URL = rf"{_ORIGIN}(:(?P<port>[0-9]{{1,9}}))?(/[!-\"$->@-~]*)?"
@@ -658,10 +655,8 @@ def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     `HTTPS_PROXY` or `HTTP_PROXY`, less what `NO_PROXY` names, each also in lower case, by the rules
     of golang.org/x/net/http/httpproxy, as the other Bus tools are Go. Raises ConfigError.
     """
-    if not isinstance(url, str):
-        raise ConfigError(f"`url` {url!r} is not text")
-    if not _is_base_url(url.partition("?")[0].partition("#")[0]):
-        raise ConfigError(f"{_redacted_url(url)!r} is not a URL that can have a proxy")
+    if not isinstance(url, str) or not _is_base_url(url.partition("?")[0].partition("#")[0]):
+        raise ConfigError(f"{_redacted_url(str(url))!r} is not a URL that can have a proxy")
     return _proxy_and_source(url, environ)[0]
 
 
@@ -888,7 +883,8 @@ class _Exchange:
     """One request to the API and its answer: what is asked, by when, and how often."""
 
     def __init__(
-        self, client: Client, method: str, *path: str, request: Document | None = None,
+        self, client: Client, method: str, *path: str,
+        request: Document | None = None,
         timeout: float | None = None,
     ) -> None:
         if sys.is_finalizing():  # in a `__del__`, where imports fail, as sys.modules is emptied
@@ -896,9 +892,7 @@ class _Exchange:
         import json
         import urllib.parse
         self.method = method
-        self.body = None
-        if request is not None:
-            self.body = json.dumps(request).encode()
+        self.body = None if request is None else json.dumps(request).encode()
         self.token = client._token
         self.observer = client._observer
         self.environ = os.environ if client._environ is None else client._environ
@@ -921,7 +915,7 @@ class _Exchange:
             self.peer = urllib.parse.urlsplit(proxy)
             self.proxy_name = f"the proxy {_redacted_url(proxy)}"
             self.proxy_login = _basic_login(self.peer.netloc)
-            password = self.peer.password or ""
+            password = self.peer.password or self.peer.username or ""
             unquote = urllib.parse.unquote
             self.secrets += [self.proxy_login, password, unquote(password)]
             self.secrets.append(unquote(password, "latin-1"))  # as http.client decodes a head
@@ -1017,7 +1011,8 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
             continue
         text = text.replace(secret, "[redacted]")
         pattern = "".join(map(_any_form, secret))
-        if "(" in pattern:  # a character of it has more than one form
+        # A character has more than one form. Each backslash may double the time of a search.
+        if "(" in pattern and secret.count("\\") < 9:
             import re
             text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
     return text
@@ -1061,9 +1056,11 @@ class _Attempt(io.RawIOBase):
     def __init__(self, exchange: _Exchange) -> None:
         self.exchange = exchange
         self.sock: Any = None
-        self.received_bytes = 0  # of an answer
-        self.is_tunnelled = False  # by a proxy, which has done its work then
+        self.tls: Any = None  # ssl's object
         self.tls_version = ""
+        self.received_bytes = 0  # of an answer
+        self.max_bytes = _MAX_ANSWER_BYTES
+        self.is_tunnelled = False  # by a proxy, which has done its work then
         self.enter_state("not_sent")
 
     def enter_state(self, run_state: str) -> None:
@@ -1192,7 +1189,7 @@ class _Attempt(io.RawIOBase):
         # tells a refusal by a text only.
         response = http.client.HTTPResponse(self, method="CONNECT")  # type: ignore[arg-type]
         response.begin()
-        self._show_answer(response)
+        self._end_head(response)
         status = response.status
         if not 200 <= status < 300:
             text = f"{exchange.proxy_name} refused with HTTP {status} {response.reason}".rstrip()
@@ -1219,14 +1216,35 @@ class _Attempt(io.RawIOBase):
         for places in ((cafile, None), (None, capath)):
             try:
                 context.load_verify_locations(*places)
-            except OSError:
+            except (OSError, ValueError):
                 pass  # if that matters, the handshake fails, and _certificate_advice says why
         host = (self.exchange.url.hostname or "").rstrip(".")  # no certificate has that dot
-        self.sock = context.wrap_socket(
-            self.sock, server_hostname=host, do_handshake_on_connect=False
-        )
-        self._wait_for(self.sock.do_handshake)
-        self.tls_version = self.sock.version() or ""  # which the socket forgets when it fails
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=host)
+        self._through_tls(self.tls.do_handshake)
+        self.tls_version = self.tls.version() or ""  # which it forgets when it fails
+
+    def _through_tls(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """Repeat an operation of TLS until it ends. Send what it makes, and feed it what comes.
+
+        OpenSSL does not get the socket. It would read on, deaf to the deadline and to signals, for
+        as long as a server sends messages that it skips, such as HelloRequest or tickets.
+        """
+        import ssl
+        while True:
+            try:
+                return operation(*arguments)
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                left = memoryview(self.outgoing.read())
+                while left:
+                    left = left[self._wait_for(self.sock.send, left) :]
+            data = self._wait_for(self.sock.recv, _TLS_BYTES)
+            if data:
+                self.incoming.write(data)
+            else:
+                self.incoming.write_eof()
 
     def _request(self) -> urllib.request.Request:
         import urllib.request
@@ -1261,41 +1279,43 @@ class _Attempt(io.RawIOBase):
 
         start = time.monotonic()
         self.enter_state("unknown")  # from now on a byte of the request may have left
-        # do_open writes the request and parses the answer's head. It is called directly, as an
-        # opener follows redirects and knows other schemes. The debug level of http.client, which
-        # a host program may have raised, prints the token.
+        # do_open, for the request and the answer's head, without an opener, which would follow
+        # redirects. The debug level, which a host program may have raised, prints the token.
         handler = urllib.request.HTTPHandler(debuglevel=0)
         with handler.do_open(reuse_connection, self._request()) as response:
-            # Of the interim answers http.client skips only 100. A 101 is not one: it ends HTTP.
-            while 102 <= response.status < 200:
-                # begin() reads the next head, but only where there is none yet.
-                response.headers = None  # type: ignore[assignment]
-                response.begin()
-            self._show_answer(response)
+            headers = self._end_head(response)
+            if response.status >= 300:
+                self.max_bytes = self.received_bytes + _MAX_ERROR_BYTES
             if 300 <= response.status < 500:
                 self.enter_state("refused")
             body = self._read_body(response)
         took = f"{len(body):,} bytes, {time.monotonic() - start:.3f} s"
         exchange.observer.explain(f"{exchange.where}: {response.status}, {took}")
-        return _Answer(response.status, response.reason, response.getheaders(), body)
+        return _Answer(response.status, response.reason, headers, body)
 
-    def _show_answer(self, response: Any) -> None:
+    def _end_head(self, response: Any) -> list[tuple[str, str]]:
+        # Of the interim answers http.client skips only 100. A 101 is not one: it ends HTTP.
+        while 102 <= response.status < 200:
+            response.headers = None  # or begin() would not read the next head
+            response.begin()
+        headers = [(name, text.replace(_NOT_OF_EMAIL, "")) for name, text in response.getheaders()]
         lines = [f"{response.status} {response.reason}"]
-        for name, value in response.getheaders():
-            lines.append(f"{name}: {value}".replace(_NOT_OF_EMAIL, ""))
+        lines += [f"{name}: {text}" for name, text in headers]
         exchange = self.exchange
         exchange.observer.show_headers("<", [exchange.quote(line) for line in lines])
+        return headers
 
     def _read_body(self, response: Any) -> bytearray:
         """Read the body in pieces, which http.client does without an error where it is cut."""
         import http.client
+        import re
         body = bytearray()
         try:
-            self._check_framing(response.headers)
+            lengths = set(response.headers.get_all("Content-Length", []))
+            if len(lengths) > 1 or not re.fullmatch("[0-9]{0,18}", "".join(lengths).strip()):
+                raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
             while piece := response.read(_IO_BYTES):
                 body += piece
-                if response.status >= 300 and len(body) > _MAX_ERROR_BYTES:
-                    break
             # http.client counts the length down to 0. Without a length the connection's end is the
             # body's end. Without a body either, it may be the headers that were cut.
             is_bare = response.length is None and not response.chunked and not body
@@ -1308,12 +1328,6 @@ class _Attempt(io.RawIOBase):
             if response.status < 300:
                 raise http.client.IncompleteRead(b"") from None
         return body
-
-    def _check_framing(self, headers: Any) -> None:
-        import re
-        lengths = set(headers.get_all("Content-Length", []))
-        if len(lengths) > 1 or not re.fullmatch("[0-9]{0,18}", "".join(lengths).strip()):
-            raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
 
     def _wait_for(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Repeat an operation of the socket until it ends, in waits of a tick each."""
@@ -1335,7 +1349,11 @@ class _Attempt(io.RawIOBase):
         left = memoryview(data)
         try:
             while left:
-                left = left[self._wait_for(self.sock.send, left) :]
+                if not self.tls:
+                    count = self._wait_for(self.sock.send, left)
+                else:
+                    count = self._through_tls(self.tls.write, left)
+                left = left[count:]
         except ConnectionError:
             pass  # an answer, such as a 413, may have come all the same
 
@@ -1346,10 +1364,18 @@ class _Attempt(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count: int = self._wait_for(self.sock.recv_into, buffer)
+        count = 0
+        if not self.tls:
+            count = self._wait_for(self.sock.recv_into, buffer)
+        else:
+            import ssl
+            try:
+                count = self._through_tls(self.tls.read, len(buffer), buffer)
+            except ssl.SSLEOFError:
+                pass  # some servers end without a word; the answer's length shows what is cut
         # Counted here, as http.client takes a chunk of length -1 for all up to the end.
         self.received_bytes += count
-        if self.received_bytes > _MAX_ANSWER_BYTES:
+        if self.received_bytes > self.max_bytes:
             raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
         return count
 
@@ -1358,9 +1384,8 @@ class _Attempt(io.RawIOBase):
 
 
 class _AnswerReader(io.BufferedReader):
-    # http.client parses headers with email's parser, which would look for a body with parts or for
-    # a message in it: for minutes, and with any exception. A lone CR would end a line of email's,
-    # but not of http.client, which limits the lines.
+    # http.client has email parse the headers, which would look for parts or a message in the body,
+    # for minutes and with any exception, and for which a lone CR ends a line, too.
     def readline(self, limit: int | None = -1) -> bytes:
         import re
         line = re.sub(rb"\r(?!\n)", b" ", super().readline(limit))
@@ -1620,22 +1645,21 @@ def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
     is_refusal = getattr(failure, "reason", "") == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     if not is_refusal or attempt.tls_version != "TLSv1.3" or attempt.received_bytes:
         return False
-    session = attempt.sock.session
+    session = attempt.tls.session
     return session is None or not session.has_ticket
 
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:
     """Return what to do about a server's certificate that is refused."""
     import ssl
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        path = environ.get(name)
-        problem = _problem_of_ca(path, is_file=name == "SSL_CERT_FILE") if path else ""
+    names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if environ.get(name)]
+    for name in names:
+        problem = _problem_of_ca(environ[name], is_file=name == "SSL_CERT_FILE")
         if problem:
-            return f"{name} names {path}, which {problem}"
+            return f"{name} names {environ[name]}, which {problem}"
     paths = ssl.get_default_verify_paths()
     has_files = any(names for _, _, names in os.walk(paths.openssl_capath))
-    is_set = environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR")
-    if not is_set and not has_files and not os.path.isfile(paths.openssl_cafile):
+    if not names and not has_files and not os.path.isfile(paths.openssl_cafile):
         return "no CA certificates here: install the package ca-certificates, or set SSL_CERT_FILE"
     return "check `api_url` and the clock, or set SSL_CERT_FILE to a PEM file with the server's CA"
 
@@ -2219,19 +2243,8 @@ def _is_writable(descriptor: int, seconds: float) -> bool:
         return True  # nobody knows: Windows selects sockets only
 
 
-def _gathered(pieces: Iterable[str]) -> Iterator[str]:
-    """Join small pieces, each of which would cost a system call; a large one is not copied."""
-    import itertools
-    left = iter(pieces)
-    while batch := list(itertools.islice(left, 1000)):
-        if sum(map(len, batch)) > _IO_BYTES:
-            yield from batch
-        else:
-            yield "".join(batch)
-
-
 def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
-    for piece in _gathered(pieces):
+    for piece in pieces:
         for start in range(0, len(piece), _IO_BYTES):
             part = piece[start : start + _IO_BYTES]
             # A lone surrogate has no form in UTF-8 and is escaped.
@@ -2306,11 +2319,7 @@ class _Process:
             raise _Interrupted(128 + self.signal_number)
 
     def report_unraisable(self, unraisable: Any) -> None:
-        """Print an exception that Python drops, unless a signal is the cause of it.
-
-        A signal may cause an interrupt, which the next tick raises again, and the complaint of an
-        object whose constructor it cut short.
-        """
+        """Print an exception that Python drops, unless a signal caused it: a tick sees that."""
         is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
         if not is_interrupt and not self.signal_number:
             sys.__unraisablehook__(unraisable)
@@ -2803,14 +2812,7 @@ def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
             report.deleted.append(client.delete(run_id))
         except (TransportError, ProtocolError, ApiError) as error:
             report.error(error, args.command)
-    return _deleted_document(args, report)
-
-
-def _deleted_document(args: argparse.Namespace, report: _Reporter) -> Any:
-    """Return the document of what has been deleted so far: a list where several were asked for."""
-    if len(args.words) > 1:
-        return report.deleted
-    return report.deleted[0] if report.deleted else None
+    return report.deleted
 
 
 def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
@@ -2845,7 +2847,9 @@ def _main(argv: Sequence[str] | None, process: _Process) -> int:
         process.prepare()
         if ("--help", None) in options or ("--version", None) in options:
             return _print_about(command, options)
-        _check_encoding(argv)
+        line = " ".join(argv)
+        if line != line.encode(errors="replace").decode():
+            raise _UsageError("an argument is not valid UTF-8")
         return _execute(_parse(command, options, words), report)
     except _ReaderLeftError:
         return code
@@ -2867,17 +2871,11 @@ def _print_about(command: str | None, options: _Options) -> int:
     return 0
 
 
-def _check_encoding(argv: Sequence[str]) -> None:
-    for number, word in enumerate(argv, 1):
-        if word != word.encode(errors="replace").decode():
-            raise _UsageError(f"argument {number} is not valid UTF-8")
-
-
 def _decode_argument(word: str) -> str:
     try:
         return os.fsencode(word).decode(errors="surrogateescape")  # whatever the locale
     except UnicodeError:  # some locales decode what they cannot encode again
-        return f"{word}\udcff"  # which _check_encoding refuses
+        return f"{word}\udcff"  # which _main refuses
 
 
 def _execute(args: argparse.Namespace, report: _Reporter) -> int:
@@ -2894,7 +2892,7 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
             document = functions[args.command](args, report)
         except KeyboardInterrupt:
             if report.deleted:
-                _write_result(args, result, _deleted_document(args, report))
+                _write_result(args, result, report.deleted)
             raise
         finally:
             report.show_progress("")
@@ -2908,6 +2906,8 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
 
 
 def _write_result(args: argparse.Namespace, result: _Result | None, document: Any) -> None:
+    if args.command == "delete" and len(args.words) == 1:
+        document = document[0] if document else None  # an object for one id, a list for several
     if document is not None and result is not None:
         result.write(lambda: _FORMATS[args.format](args.command, document))
 

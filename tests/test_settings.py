@@ -429,7 +429,7 @@ def test_what_is_not_text() -> None:
         (lambda: bus_containers.Client(anything, "t0ken"), "`api_url` is not text"),
         (lambda: bus_containers.Client(NOWHERE, anything), "`token` is not text"),
         (lambda: bus_containers.parse_duration(anything), "7 is not text"),
-        (lambda: bus_containers.resolve_proxy(anything, {}), "`url` 7 is not text"),
+        (lambda: bus_containers.resolve_proxy(anything, {}), "'7' is not a URL that .* a proxy"),
         (lambda: bus_containers.resolve_token(anything, {}), "`path` is not text"),
     ):
         with pytest.raises(bus_containers.ConfigError, match=f"^{line}$"):
