@@ -8,9 +8,9 @@ Three ways to run it, one behaviour:
     python bus_containers.pyz run -- codex --version        the zipapp, nothing installed
     python bus_containers.py run -- codex --version         this file, vendored anywhere
 
-As a library it never prints, exits, reads `sys.argv` or touches a signal handler: only `main` and
-`console` do, which are the command line. It offers the class `Client`, the functions that `__all__`
-lists, and these errors:
+As a library it never prints, exits, reads `sys.argv` or touches a signal handler: only the command
+line does, `console`, or `main`, which neither exits nor touches one. It offers the class `Client`,
+the functions that `__all__` lists, and these errors:
 
     BusContainersError          every error raised on purpose: `reason`, `advice`, `run_state`
     +-- ConfigError             a URL, token or value that cannot be used; nothing was sent
@@ -309,13 +309,13 @@ class Client:
     """The four calls of the container-run API, for the account in a bearer token.
 
     `timeout` is the limit of a whole exchange in seconds, 0 for none; `run` has a limit of its own.
-    A Client may be used from many threads. Each call returns the API's document and raises
+    A Client may be used from many threads. Each call returns the API's document or raises
     BusContainersError.
     """
 
     def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
         # Before the checks, which use some of them; str(), as api_url is not checked yet.
-        self._modules = _load_modules(str(api_url))
+        self._modules = _load_modules(str(api_url))  # for a call when sys.modules is emptied
         self.api_url = _checked_api_url(api_url, "`api_url`")
         self.timeout = timeout  # checked by each exchange, as it may be set later
         self._token = _checked_token(token, "`token`")
@@ -685,7 +685,7 @@ def _checked_proxy(proxy: str, source: str) -> str:
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     login, at, address = authority.rpartition("@")
     # A path after the port is ignored, as in Go and curl. But an @ in it means that a / ? or # of
-    # the login has ended the authority. A bracket would be quoted by urlsplit, which gets this.
+    # the login has ended the authority. For a [ or ] urlsplit may raise an error that quotes it.
     hint = ""
     if "@" in rest[len(authority) :] or "[" in login or "]" in login:
         hint = ": percent-encode / ? # [ ] as %2F %3F %23 %5B %5D in USER and PASSWORD"
@@ -874,7 +874,7 @@ class _Answer:
     def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
         self.status = status
         self.reason = reason
-        # Of a repeated header the last one counts. Two lengths have been refused by then.
+        # Of a repeated header the last one counts; of the body's length, _read_body.
         self.headers: dict[str, str] = {name.lower(): value for name, value in headers}
         self.body = body
 
@@ -1119,7 +1119,7 @@ class _Attempt(io.RawIOBase):
 
         try:
             if sys.is_finalizing():
-                raise RuntimeError  # as Thread.start does, which before Python 3.12 waits for ever
+                raise RuntimeError  # as Thread.start does since Python 3.12; before, it hangs
             thread = threading.Thread(target=look_up, daemon=True)
             thread.start()
         except RuntimeError:
@@ -1306,7 +1306,7 @@ class _Attempt(io.RawIOBase):
         return headers
 
     def _read_body(self, response: Any) -> bytearray:
-        """Read the body in pieces, which http.client does without an error where it is cut."""
+        """Read the body in pieces: for a piece http.client raises nothing where the body is cut."""
         import http.client
         import re
         body = bytearray()
@@ -1323,7 +1323,7 @@ class _Attempt(io.RawIOBase):
                 raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
-                raise  # an error's status says enough, and whether there is a run
+                raise  # an error's status says enough, even with its body cut
         except ValueError:  # http.client accepts a negative length of a chunk, read() does not
             if response.status < 300:
                 raise http.client.IncompleteRead(b"") from None
@@ -1389,7 +1389,8 @@ class _AnswerReader(io.BufferedReader):
     def readline(self, limit: int | None = -1) -> bytes:
         import re
         line = re.sub(rb"\r(?!\n)", b" ", super().readline(limit))
-        return re.sub(b"(?i)(multipart|message)/", rf"\1{_NOT_OF_EMAIL}/".encode(), line)
+        kind = b"(?i)^((content-type:|[ \t]).*?(multipart|message))/"
+        return re.sub(kind, rf"\1{_NOT_OF_EMAIL}/".encode(), line)
 
 
 def _start_connecting(family: int, type_: int, protocol: int, _name: str, address: Any) -> Any:
@@ -2356,8 +2357,7 @@ class _Reporter(_Observer):
         self.is_coloured = colour == "always" or (colour == "auto" and is_wanted)
         self.process = process
         self.url_source = "--api-url"
-        # Before a token is resolved: it may stand in a wrong place of the command line, too, which
-        # an error quotes, and in quotes in its variable.
+        # An error may quote a token from a wrong place. Its variable may hold it in quotes.
         self.secrets = [os.environ.get(name, "").strip(" \n\"'") for name in _TOKEN_VARIABLES]
         self.run_state = "not_sent"
         self.outcome = ""  # of a run, which whatever fails after it has to tell
@@ -2456,7 +2456,7 @@ class _Reporter(_Observer):
         for name in _options_of(command):
             names.setdefault(f"`{name[2:].replace('-', '_')}`", name)
         for parameter, name in names.items():
-            # An ApiError may quote a server, and none of our own advice in it names any other.
+            # An ApiError may quote a server; of our parameters, its advice names only `api_url`.
             if parameter == "`api_url`" or not isinstance(error, ApiError):
                 error.advice = error.advice.replace(parameter, name)
             if isinstance(error, ConfigError):
@@ -2612,7 +2612,7 @@ class _Result:
             elif self._held is not None:
                 _write_all(self._held, make_pieces())
             elif not _replace(self._path, make_pieces):
-                # O_CREAT fails for another's file in /tmp. It may have become a FIFO: O_NONBLOCK.
+                # No O_CREAT: it fails for another's file in /tmp. O_NONBLOCK: it may be a FIFO now.
                 flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
                 self._held = os.open(self._path, flags)
                 _write_all(self._held, make_pieces())
@@ -2750,7 +2750,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             # There may be no token yet.
             client = client or _client(args, report)
             client._retries = 0  # this loop is what tries again
-            # Whatever --timeout says, a look ends with the wait; a last one takes a second at most.
+            # Whatever --timeout says, a look ends with the wait, but has a second in any case.
             client.timeout = min(args.timeout or _TIMEOUT_SECONDS, max(left, 1))
             document = client.status()
             states = [_cell(item, "state") for item in _items("status", document)]
@@ -2763,7 +2763,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
                 raise
             report.speak_of_options(error, args.command)
             reason = str(error)
-            if isinstance(error, TransportError):  # its advice is to wait, which is done here
+            if isinstance(error, TransportError):  # its advice is for who does not wait
                 reason = error.reason
             asked_seconds = getattr(error, "retry_after_seconds", 0)
             if asked_seconds <= _MAX_RETRY_AFTER_SECONDS:

@@ -204,6 +204,15 @@ def test_an_answer_that_says_it_has_many_parts(kind: str, cli: InProcess, serve:
         assert f"< Content-Type: {kind}\n" in told
 
 
+def test_what_only_looks_like_many_parts(cli: InProcess, serve: Serve) -> None:
+    """It is told as it came."""
+    data = message(b"", "302 message/moved", "Location: /multipart/1")
+    told = cli("-vv", "run", "true", at=serve(raw(data))).message
+    assert "< 302 message/moved\n" in told
+    assert "< Location: /multipart/1\n" in told
+    assert "HTTP 302 message/moved; redirected to /multipart/1, not followed" in told
+
+
 @pytest.mark.parametrize("size", [1_000_000, 4_000_000])
 def test_an_error_of_megabytes(size: int, serve: Serve) -> None:
     """An error that is larger than any of the API is not read to its end."""
