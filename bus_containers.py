@@ -1232,18 +1232,22 @@ class _Attempt(io.RawIOBase):
         """
         import ssl
         while True:
+            result, failure = None, None
             try:
-                return operation(*arguments)
-            except ssl.SSLWantReadError:
-                pass
-            finally:
-                left = memoryview(self.outgoing.read())
-                while left:
-                    left = left[self._wait_for(self.sock.send, left) :]
+                result = operation(*arguments)
+            except ssl.SSLError as error:
+                failure = error
+            # After a failure, too, which an alert tells the server; not after an interrupt.
+            left = memoryview(self.outgoing.read())
+            while left:
+                left = left[self._wait_for(self.sock.send, left) :]
+            if failure is None:
+                return result
+            if not isinstance(failure, ssl.SSLWantReadError):
+                raise failure
             data = self._wait_for(self.sock.recv, _TLS_BYTES)
-            if data:
-                self.incoming.write(data)
-            else:
+            self.incoming.write(data)
+            if not data:
                 self.incoming.write_eof()
 
     def _request(self) -> urllib.request.Request:
@@ -1562,11 +1566,8 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
 
 
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
-    """Return the error of what urllib, http.client, ssl or a socket raised during an attempt.
-
-    It imports only what plain http has imported: there may be no `_ssl`, or no memory for it.
-    """
-    import http.client
+    """Return the error of what urllib, http.client, ssl or a socket raised during an attempt."""
+    import http.client  # loaded before; for `ssl` there may be no memory, or it is missing
     import urllib.error
     exchange = attempt.exchange
     if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, OSError):
@@ -1877,9 +1878,8 @@ _COMMANDS = {
     ),
 }
 
-# To add an option, add a row here, and use its value where the command runs. An option takes a
-# value in each command that has it or in none. A default is text for the help, and for a choice
-# (`a|b`) the value, too.
+# To add an option, add a row here and use its value where the command runs. It takes a value in
+# each command or in none. A default is text for the help, and for a choice (`a|b`) the value, too.
 _OPTIONS = [  # command ("" is every one), short name, long name, value, description, default
     ("", "-h", "--help", "", "print help; after a command, help for it", ""),
     ("", "-V", "--version", "", "print the version", ""),

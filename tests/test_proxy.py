@@ -245,6 +245,19 @@ def test_what_a_proxy_is_asked_for(url: str, cli: InProcess) -> None:
     assert [base64.b64decode(each) for each in credentials] == ([] if sent is None else [sent])
 
 
+def test_an_interim_answer_of_a_proxy(cli: InProcess) -> None:
+    """It is not a refusal."""
+
+    def script(connection: Connection) -> None:
+        connection.read_head()
+        connection.send(b"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 403 Forbidden\r\n\r\n")
+
+    with Hostile(script) as proxy:
+        env = {"HTTPS_PROXY": proxy.url, "BUS_AI_API_URL": "https://platform.test"}
+        result = cli("run", "true", env={"BUS_AI_TOKEN": CANARY, **env})
+    check_failure(result, 125, "refused with HTTP 403 Forbidden")
+
+
 def test_a_tunnel_whose_other_end_is_lost(cli: InProcess) -> None:
     """The proxy has done its work, and is not to be checked."""
 
