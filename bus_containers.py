@@ -1011,8 +1011,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
             continue
         text = text.replace(secret, "[redacted]")
         pattern = "".join(map(_any_form, secret))
-        # A character has more than one form. Each backslash may double the time of a search.
-        if "(" in pattern and secret.count("\\") < 9:
+        if "(" in pattern:  # a character of it has more than one form
             import re
             text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
     return text
@@ -1216,7 +1215,7 @@ class _Attempt(io.RawIOBase):
         for places in ((cafile, None), (None, capath)):
             try:
                 context.load_verify_locations(*places)
-            except (OSError, ValueError):
+            except OSError:
                 pass  # if that matters, the handshake fails, and _certificate_advice says why
         host = (self.exchange.url.hostname or "").rstrip(".")  # no certificate has that dot
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1375,7 +1374,7 @@ class _Attempt(io.RawIOBase):
             import ssl
             try:
                 count = self._through_tls(self.tls.read, len(buffer), buffer)
-            except ssl.SSLEOFError:
+            except (ssl.SSLEOFError, ssl.SSLSyscallError):  # the latter from OpenSSL 1.1
                 pass  # some servers end without a word; the answer's length shows what is cut
         # Counted here, as http.client takes a chunk of length -1 for all up to the end.
         self.received_bytes += count
@@ -1634,7 +1633,7 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
         text = f"TLS: the certificate is refused: {exchange.quote(failure.verify_message)}"
         return exchange.error(TransportError, text, _certificate_advice(exchange.environ))
     # A gateway whose backend is not up may take the connection and end it.
-    is_end = isinstance(failure, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    is_end = isinstance(failure, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError))
     return exchange.error(TransportError, text, "is this port for https?", retryable=is_end)
 
 
@@ -2321,8 +2320,9 @@ class _Process:
 
     def report_unraisable(self, unraisable: Any) -> None:
         """Print an exception that Python drops, unless a signal caused it: a tick sees that."""
-        is_interrupt = issubclass(unraisable.exc_type, KeyboardInterrupt)
-        if not is_interrupt and not self.signal_number:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self.signal_number = self.signal_number or 2  # SIGINT, before the handler is there
+        elif not self.signal_number:
             sys.__unraisablehook__(unraisable)
 
     def end(self, code: int) -> NoReturn:
