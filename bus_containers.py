@@ -918,7 +918,7 @@ class _Exchange:
             password = self.peer.password or self.peer.username or ""
             unquote = urllib.parse.unquote
             self.secrets += [self.proxy_login, password, unquote(password)]
-            self.secrets.append(unquote(password, "latin-1"))  # as http.client decodes a head
+            self.secrets += [unquote(password, "latin-1")]  # as http.client decodes a head
         self.run_state = "not_sent"  # that of the latest attempt
 
     def fetch(self, shape: Any = dict) -> Document:
@@ -2847,9 +2847,9 @@ def _main(argv: Sequence[str] | None, process: _Process) -> int:
         process.prepare()
         if ("--help", None) in options or ("--version", None) in options:
             return _print_about(command, options)
-        line = " ".join(argv)
-        if line != line.encode(errors="replace").decode():
-            raise _UsageError("an argument is not valid UTF-8")
+        for number, word in enumerate(argv, 1):
+            if word != word.encode(errors="replace").decode():
+                raise _UsageError(f"argument {number} is not valid UTF-8")
         return _execute(_parse(command, options, words), report)
     except _ReaderLeftError:
         return code

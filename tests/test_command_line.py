@@ -233,7 +233,7 @@ def test_the_arguments_of_a_process(program: Program, api: Api) -> None:
     assert program("run", "--", *ODD_WORDS, at=api).code == 0
     assert json.loads(api.requests[-1].partition(b"\r\n\r\n")[2])["args"] == ODD_WORDS
     result = program("run", "--", b"caf\xe9", at=api)
-    check_failure(result, 2, "an argument is not valid UTF-8", "--help")
+    check_failure(result, 2, "argument 3 is not valid UTF-8;", "--help")
     assert len(api.requests) == 1
 
 
@@ -297,8 +297,8 @@ TOLD: dict[tuple[str, ...], str] = {
     ("-q", "-v", "status"): EXCLUDE,
     ("status", "--trace", "-q"): EXCLUDE,
     ("--image", "b", "run", "--profile", "codex", "a"): "--profile and --image exclude each other",
-    ("run", "--", "\udce9"): "an argument is not valid UTF-8",
-    ("delete", "\ud800"): "an argument is not valid UTF-8",
+    ("run", "--", "\udce9"): "argument 3 is not valid UTF-8",
+    ("delete", "\ud800"): "argument 2 is not valid UTF-8",
     ("run", "--profile", "codex", "--"): RUN_USAGE,
     ("delete", "--format", "tsv"): DELETE_USAGE,
     ("status", "a", "b"): "status does not take the argument 'b'",
@@ -358,12 +358,12 @@ def test_no_abbreviations(refused: Refused) -> None:
 
 
 def test_an_argument_that_is_not_utf_8(refused: Refused) -> None:
-    for line in (
-        b"run caf\xe9", b"delete a\xff", b"\xff\xfe", b"--output=\xff status",
-        b"--format js\xf0\x9f status", b"run -- true \xed\xa0\x80",
-    ):  # fmt: skip
+    for line, number in {
+        b"run caf\xe9": 2, b"delete a\xff": 2, b"\xff\xfe": 1, b"--output=\xff status": 1,
+        b"--format js\xf0\x9f status": 2, b"run -- true \xed\xa0\x80": 4,
+    }.items():  # fmt: skip
         given = line.decode("utf-8", "surrogateescape").split()
-        assert "an argument is not valid UTF-8" in refused(*given)
+        assert f": argument {number} is not valid UTF-8; " in refused(*given)
 
 
 # --- locales ----------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_any_locale(locale: str, program: Program, api: Api, tmp_path: Path) -> 
     if more:
         assert result[:3] == (0, as_json(document), b"")
     else:
-        check_failure(result, 2, "an argument is not", "--help")
+        check_failure(result, 2, "argument 2 is not valid UTF-8;", "--help")
         assert len(api.requests) == 1
     result = program(b"--chdir", "n\u00e9where".encode(), b"run", b"x", at=api, env=env)
     check_failure(result, 125, "--chdir")

@@ -111,7 +111,8 @@ TRUSTED = {
     "odd": Trusted({"SSL_CERT_FILE": "ITS"}, "ODD"),
     "the-server-itself": Trusted({"SSL_CERT_FILE": "GOOD"}),  # without its CA
     # What cannot be opened is ignored, as in curl.
-    "no-key-log": Trusted({"SSL_CERT_FILE": "CA", "SSLKEYLOGFILE": "/dev/full"}),
+    "no-key-log": Trusted({"SSL_CERT_FILE": "CA", "SSLKEYLOGFILE": "TMP/missing/keys"}),
+    "bad-key-log": Trusted({"SSL_CERT_FILE": "CA", "SSLKEYLOGFILE": "TMP"}),
 }
 
 
