@@ -106,14 +106,14 @@ _MAX_QUOTED = 4000  # characters of one text of a server in a message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _NOT_OF_EMAIL = "\x7f"  # in a header, so that email's parser does not know what it says
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+# Made now: it is for when nothing else can be made.
+_LAST_WORDS = f"{_PROGRAM}: out of memory, or worse; if this was `run`, {_RUN_ADVICE}\n".encode()
 _TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no deadline meanwhile
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
 
 
 def _visible(text: str) -> str:
     """Escape what is not printable, so that text from outside cannot drive the terminal."""
-    if text.isprintable():
-        return text
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in text
     )
@@ -624,11 +624,8 @@ def _looks_like_token(path: str) -> bool:
 
 
 def _checked_token(text: str, source: str) -> str:
-    """Return a token without the blanks around it, or raise an error that names its source.
-
-    http.client's error for a header that it cannot send would quote the token. So the token is
-    checked here.
-    """
+    """Return a token without the blanks around it, or raise an error that names its source."""
+    # Checked here, as http.client's error for a header that it cannot send would quote it.
     import re
     if not isinstance(text, str):
         raise ConfigError(f"{source} is not text")
@@ -958,10 +955,7 @@ class _Exchange:
         return error.retryable and self.method != "POST"  # there must be no second run
 
     def next_wait_seconds(self) -> float:
-        """Return how long the next wait may take, a tick at most. Every wait asks this first.
-
-        Raises DeadlineError at the deadline, and whatever the observer raises.
-        """
+        """Return how long the next wait may take. Raises DeadlineError, and what a tick raises."""
         self.observer.tick()
         if not self.timeout:
             return _TICK_SECONDS
@@ -1131,10 +1125,7 @@ class _Attempt(io.RawIOBase):
         return found
 
     def _connect_to_first(self, addresses: list[Any]) -> Any:
-        """Connect to each address a moment after the one before; the first that answers wins.
-
-        So a dead address costs a quarter of a second, not the time that is left (RFC 8305).
-        """
+        """Connect to the first address that answers; each has a head start on the next one."""
         import selectors
         import socket
         connecting: list[Any] = []
@@ -1215,7 +1206,7 @@ class _Attempt(io.RawIOBase):
         for places in ((cafile, None), (None, capath)):
             try:
                 context.load_verify_locations(*places)
-            except OSError:
+            except (OSError, ValueError):
                 pass  # if that matters, the handshake fails, and _certificate_advice says why
         host = (self.exchange.url.hostname or "").rstrip(".")  # no certificate has that dot
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1462,11 +1453,10 @@ def _parse_json(text: str) -> Any:
     """Parse JSON proper: no NaN, no number too large, nothing deeper than can be written again."""
     import itertools
     import json
-    import math
 
     def parse_float(digits: str) -> float:
         value = float(digits)
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:  # NaN, too, is refused so
             raise ValueError(f"{digits[:20]} is not a number in JSON")
         return value
 
@@ -1684,7 +1674,7 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
         return "holds no certificate that can be used"
     except FileNotFoundError:
         return "does not exist"
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"cannot be read: {_reason_of(error)}"
     return ""
 
@@ -2276,6 +2266,7 @@ class _Process:
 
     def __init__(self, *, is_own: bool) -> None:
         self.is_own = is_own  # not a host program's
+        self.failure_code = 1  # the command's, once that is known
         self.signal_number = 0
         self.signal_time = 0.0
         self.is_writing = False  # a message
@@ -2312,11 +2303,6 @@ class _Process:
         elif time.monotonic() - self.signal_time > _PATIENCE_SECONDS:
             self.signal_number = number
             self.end(128 + number)
-
-    def check_signals(self) -> None:
-        """Raise what Python dropped if the handler ran in a destructor or a weakref's callback."""
-        if self.signal_number:
-            raise _Interrupted(128 + self.signal_number)
 
     def report_unraisable(self, unraisable: Any) -> None:
         """Print an exception that Python drops, unless a signal caused it: a tick sees that."""
@@ -2370,7 +2356,9 @@ class _Reporter(_Observer):
         self.show_progress("")
 
     def tick(self) -> None:
-        self.process.check_signals()
+        # Python dropped it if the handler ran in a destructor or a weakref's callback.
+        if self.process.signal_number:
+            raise _Interrupted(128 + self.process.signal_number)
         seconds = int(time.monotonic() - self.progress_start)
         if not self.progress or seconds < self.next_seconds:
             return
@@ -2470,7 +2458,7 @@ class _Reporter(_Observer):
         self.error(error, command)
         return code
 
-    def fault(self, fault: BaseException, command: str | None, exit_code: int) -> int:
+    def fault(self, fault: BaseException, command: str | None) -> int:
         """Print an unexpected exception; --verbose adds the places, without values."""
         # Some callbacks of Python wrap what a signal's handler raises in another exception.
         if self.process.signal_number:
@@ -2481,7 +2469,7 @@ class _Reporter(_Observer):
             self.explain(f"{code.co_filename}, line {trace.tb_lineno}, in {code.co_name}")
             trace = trace.tb_next
         self.error(_internal_error(fault), command)
-        return exit_code
+        return self.process.failure_code
 
     def run_ended(self, document: Document, is_on_terminal: bool) -> None:
         """Print what `run --format text` has for standard error: the container's, and a line."""
@@ -2665,6 +2653,8 @@ def _is_shared(status: os.stat_result) -> bool:
 def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
     import errno
+    # Where there is no room for a new file, there may be none to overwrite the old one.
+    no_room = (errno.ENOSPC, errno.EDQUOT)
     try:
         old = os.stat(path)
     except FileNotFoundError:
@@ -2677,8 +2667,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         try:
             descriptor = os.open(temporary, _NEW_FILE, 0o666)  # less what the umask takes
         except OSError as error:
-            # Where there is no room for a new file, there may be none to overwrite the old one.
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in no_room:
                 raise
             return False
         with open(descriptor, "wb", buffering=0):  # which closes it
@@ -2692,7 +2681,9 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             _write_all(descriptor, make_pieces())
         try:
             os.replace(temporary, os.path.realpath(path))
-        except OSError:  # a mounted file, or another's in a folder such as /tmp
+        except OSError as error:  # a mounted file, or another's in a folder such as /tmp
+            if error.errno in no_room:
+                raise
             return False
         return True
     finally:
@@ -2840,9 +2831,8 @@ def _main(argv: Sequence[str] | None, process: _Process) -> int:
         argv = [_decode_argument(word) for word in sys.argv[1:]]
     command, options, words = _scan(argv)
     report = _Reporter(options, process)
-    code = 1
     if command in _COMMANDS:
-        code = _COMMANDS[command].failure_code
+        process.failure_code = _COMMANDS[command].failure_code
     try:
         process.prepare()
         if ("--help", None) in options or ("--version", None) in options:
@@ -2852,15 +2842,15 @@ def _main(argv: Sequence[str] | None, process: _Process) -> int:
                 raise _UsageError(f"argument {number} is not valid UTF-8")
         return _execute(_parse(command, options, words), report)
     except _ReaderLeftError:
-        return code
+        return process.failure_code
     except BusContainersError as error:
         report.error(error, command)
-        return 2 if isinstance(error, _UsageError) else code
+        return 2 if isinstance(error, _UsageError) else process.failure_code
     except KeyboardInterrupt as interrupt:
         return report.interrupt(interrupt, command)
     # SystemExit is that of a script which is in the way of a module.
     except (Exception, SystemExit) as fault:  # noqa: BLE001 - told in a line, like any other
-        return report.fault(fault, command, code)
+        return report.fault(fault, command)
 
 
 def _print_about(command: str | None, options: _Options) -> int:
@@ -2901,8 +2891,11 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         _write_result(args, result, document)
         return _COMMANDS[args.command].failure_code if report.has_failed else 0
     finally:
-        if result is not None:
-            result.close()
+        try:
+            if result is not None:
+                result.close()
+        except OSError:
+            pass  # nothing was written to it, or that has failed and is told
 
 
 def _write_result(args: argparse.Namespace, result: _Result | None, document: Any) -> None:
@@ -2944,6 +2937,12 @@ def console() -> NoReturn:
         except KeyboardInterrupt as interrupt:
             code = getattr(interrupt, "exit_code", 130)
             process.signal_number = process.signal_number or code - 128
+        except BaseException:  # noqa: BLE001 - memory, say, that ran out again amid a message
+            try:
+                if _is_writable(2, _PATIENCE_SECONDS):
+                    os.write(2, _LAST_WORDS)
+            finally:
+                os._exit(process.failure_code)
 
 
 if __name__ == "__main__":

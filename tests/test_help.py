@@ -554,6 +554,7 @@ HIDES_OURS = {
 MAY_CATCH: set[tuple[str, str]] = {
     ("_load_modules", "Exception"),  # a file in the way of a module may raise anything
     ("_main", "Exception"),  # the last resort, which reports it as the program's own fault
+    ("console", "BaseException"),  # what fails while that is told, such as memory once more
     ("_Attempt._look_up.look_up", "Exception"),  # in a thread; raised again in the caller's
     ("_Attempt._look_up", "RuntimeError"),  # no thread can be started
     ("_Attempt._connect", "AttributeError"),  # a socket option that a system does not have

@@ -261,3 +261,27 @@ def test_a_fault_while_the_result_is_written(
     assert says in error["text"]
     if code == 125:
         assert cli("status", at=api, stdout=Failing(kind)).code == 1
+
+
+LAST_WORDS = """
+import http.client, bus_containers
+class Fault(Exception):
+    def __str__(self):
+        raise MemoryError
+def begin(*_):
+    raise Fault
+http.client.HTTPResponse.begin = begin
+bus_containers.console()
+"""
+
+
+@pytest.mark.parametrize(("command", "code"), [(("status",), 1), (RUN, 125)])
+def test_a_fault_while_a_fault_is_told(
+    command: tuple[str, ...], code: int, program: Program, api: Api
+) -> None:
+    """As where memory runs out, and again while that is told: words that were there before."""
+    place = os.path.dirname(str(bus_containers.__file__))
+    host = Program([sys.executable, "-c", LAST_WORDS], program.home)
+    result = host(*command, at=api, env={"PYTHONPATH": place})
+    check_failure(result, code, "out of memory", "if this was `run`", "bus-containers delete")
+    assert len(api.requests) == 1

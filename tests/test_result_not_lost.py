@@ -41,6 +41,7 @@ from support import (
     BODIES,
     DOCUMENTS,
     LIMIT,
+    Env,
     InProcess,
     Program,
     Result,
@@ -491,37 +492,59 @@ def test_a_file_system_that_fills_up(case: str, program: Program, api: Api, fold
     assert left == b"out\nold"
 
 
-# Says of a file with a result in it what NFS says where a quota is exceeded.
-CLOSE_THAT_FAILS = r"""
+# What NFS says where a quota is exceeded: at the close of a FIFO or of a file with a result in it,
+# and at its rename.
+QUOTA = r"""
 #include <errno.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+static int fail(void) { errno = EDQUOT; return -1; }
 int close(int fd) {
     struct stat file;
-    int is_result = !fstat(fd, &file) && S_ISREG(file.st_mode) && file.st_size == SIZE;
+    int is_known = !fstat(fd, &file);
+    int is_result = is_known && S_ISREG(file.st_mode) && file.st_size == SIZE && !RENAME;
     int result = syscall(SYS_close, fd);
-    if (!is_result) return result;
-    errno = EDQUOT;
-    return -1;
+    return is_result || (is_known && S_ISFIFO(file.st_mode)) ? fail() : result;
+}
+int rename(const char *from, const char *to) {
+    int is_result = RENAME && strstr(from, ".bus-containers");
+    return is_result ? fail() : syscall(SYS_renameat2, -100, from, -100, to, 0);
 }
 """
 
 
-def test_a_close_that_fails(program: Program, api: Api, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails_at", ["close", "rename"])
+def test_a_quota_that_is_exceeded(
+    fails_at: str, program: Program, api: Api, serve: Serve, folder: Path, tmp_path: Path
+) -> None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     skip_if("" if compiler and sys.platform == "linux" else "no C compiler")
     assert compiler
     document = big(100_000)
-    source = tmp_path / "close.c"
-    source.write_text(CLOSE_THAT_FAILS.replace("SIZE", str(len(as_json(document)))))
-    library = str(tmp_path / "close.so")
-    made = [compiler, "-shared", "-fPIC", "-o", library, str(source)]
+    source = tmp_path / "quota.c"
+    source.write_text(QUOTA)
+    library = str(tmp_path / "quota.so")
+    values = (f"-DSIZE={len(as_json(document))}", f"-DRENAME={int(fails_at == 'rename')}")
+    made = [compiler, "-shared", "-fPIC", *values, "-o", library, str(source)]
     subprocess.run(made, check=True, timeout=LIMIT)
     make_output("old", folder)
-    result = program("-o", "out", *RUN, at=api.answers(document), env={"LD_PRELOAD": library})
+    full: Env = {"LD_PRELOAD": library}
+    result = program("-o", "out", *RUN, at=api.answers(document), env=full)
     check_saved(result, document, "out", errno.EDQUOT)
     assert tree(folder) == {"out": OLD}
+    fifo = folder / "fifo"
+    os.mkfifo(fifo)
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(open, fifo, "rb")
+        result = program("-o", "fifo", *RUN, at=api.answers({}, status="403 Forbidden"), env=full)
+        check_failure(result, 125, "HTTP 403")
+        opened.result(LIMIT).close()
+        opened = pool.submit(open, fifo, "rb")
+        leave = meanwhile(lambda: opened.result(LIMIT).close())
+        result = program("-o", "fifo", *RUN, at=serve(leave), env=full)
+    check_saved(result, RESULT, "fifo", errno.EPIPE)
 
 
 @pytest.fixture

@@ -277,6 +277,16 @@ def test_an_answer_that_comes_before_the_request_was_read(
     assert server.connections == 1
 
 
+@pytest.mark.parametrize("linger", [True, False], ids=["reads-on", "resets"])
+def test_an_answer_by_tls_that_comes_before_the_request_was_read(
+    linger: bool, cli: InProcess, serve: Serve, certificates: Certificates
+) -> None:
+    early = answer_unread(message(b"", "413 Too Large"), linger)
+    server = serve(early, tls=certificates.context(certificates.good))
+    result = cli(*LARGE, at=server, env={"SSL_CERT_FILE": str(certificates.ca)})
+    check_failure(result, 125, "HTTP 413 Too Large")
+
+
 def test_an_interim_answer_is_not_the_answer(cli: InProcess, serve: Serve) -> None:
     head = b"HTTP/1.1 %s\r\nLink: </style.css>; rel=preload\r\n\r\n"
     heads = b"".join(head % one for one in (b"100 Continue", b"102 Processing", b"103 Early Hints"))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from bus_containers import Client, TransportError
 from hostile import (
     Certificates,
     Connection,
@@ -213,6 +214,14 @@ def test_a_ca_that_cannot_be_used(
     assert error.endswith(f"; {variable} names {path}, which {reason}")
     assert not result.spoken.advises
     assert server.requests == []
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_a_ca_that_no_file_can_be_named(variable: str, server: Hostile) -> None:
+    """A mapping of a host program's may hold what the environment cannot."""
+    environ = {"BUS_AI_API_URL": server.url, "BUS_AI_TOKEN": CANARY, variable: "a\0b"}
+    with pytest.raises(TransportError, match=f"; {variable} names .* cannot be read: "):
+        Client.from_env(environ).status()
 
 
 @second_tier
