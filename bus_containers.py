@@ -106,7 +106,6 @@ _MAX_QUOTED = 4000  # characters of one text of a server in a message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _NOT_OF_EMAIL = "\x7f"  # in a header, so that email's parser does not know what it says
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-# Made now: it is for when nothing else can be made.
 _LAST_WORDS = f"{_PROGRAM}: out of memory, or worse; if this was `run`, {_RUN_ADVICE}\n".encode()
 _TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no deadline meanwhile
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
@@ -2928,6 +2927,7 @@ def console() -> NoReturn:
     process = _Process(is_own=True)
     sys.unraisablehook = process.report_unraisable
     code: int | None = None
+    reserve = bytes(2 * _IO_BYTES)  # of memory, to tell with that there is no more
     # After an interrupt between the end of _main and of the process, only the end is left to do.
     while True:
         try:
@@ -2938,6 +2938,7 @@ def console() -> NoReturn:
             code = getattr(interrupt, "exit_code", 130)
             process.signal_number = process.signal_number or code - 128
         except BaseException:  # noqa: BLE001 - memory, say, that ran out again amid a message
+            del reserve
             try:
                 if _is_writable(2, _PATIENCE_SECONDS):
                     os.write(2, _LAST_WORDS)

@@ -265,8 +265,23 @@ def test_a_fault_while_the_result_is_written(
 
 LAST_WORDS = """
 import http.client, bus_containers
+kept = None
+def use_up_memory():
+    global kept
+    import resource
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    for length in (1 << 20, 1 << 12, *range(512, 0, -8)):
+        try:
+            while True:
+                kept = (kept, bytes(length))
+        except MemoryError:
+            pass
 class Fault(Exception):
     def __str__(self):
+        if USES_UP_MEMORY:
+            use_up_memory()
         raise MemoryError
 def begin(response):
     response.fp.peek(1)  # the request has arrived
@@ -276,13 +291,15 @@ bus_containers.console()
 """
 
 
+@pytest.mark.parametrize("uses_up_memory", [False, sys.platform == "linux"])
 @pytest.mark.parametrize(("command", "code"), [(("status",), 1), (RUN, 125)])
 def test_a_fault_while_a_fault_is_told(
-    command: tuple[str, ...], code: int, program: Program, api: Api
+    command: tuple[str, ...], code: int, uses_up_memory: bool, program: Program, api: Api
 ) -> None:
-    """As where memory runs out, and again while that is told: words that were there before."""
+    """Words that were there before tell of it, even where there is no memory left."""
     place = os.path.dirname(str(bus_containers.__file__))
-    host = Program([sys.executable, "-c", LAST_WORDS], program.home)
+    script = LAST_WORDS.replace("USES_UP_MEMORY", str(uses_up_memory))
+    host = Program([sys.executable, "-c", script], program.home)
     result = host(*command, at=api, env={"PYTHONPATH": place})
     check_failure(result, code, "out of memory", "if this was `run`", "bus-containers delete")
     assert len(api.requests) == 1
