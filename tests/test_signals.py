@@ -331,6 +331,29 @@ def test_two_signals_at_any_moment(mode: str, tries: int, cli: InProcess) -> Non
             raise AssertionError(f"at step {step}: {posts} {status} {out} {told}") from error
 
 
+# Where the program's handler is not there yet, Ctrl-C raises this, and Python drops it, too.
+DROPPED = """
+import http.client, os, sys
+sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
+import bus_containers
+class Dropped:
+    def __del__(self):
+        raise KeyboardInterrupt
+def begin(response, begin=http.client.HTTPResponse.begin):
+    Dropped()
+    begin(response)
+http.client.HTTPResponse.begin = begin
+bus_containers.console()
+"""
+
+
+def test_an_interrupt_that_python_drops(program: Program, api: Api) -> None:
+    """Promise 6.10."""
+    command = [sys.executable, "-c", DROPPED, str(bus_containers.__file__)]
+    result = Program(command, program.home)(*RUN, at=api)
+    assert check_failure(result, -signal.SIGINT) == f"bus-containers: interrupted{ADVICE}"
+
+
 # The signal comes when a function of this name returns.
 AT_A_RETURN = """
 import os, runpy, signal, sys
