@@ -117,6 +117,22 @@ def test_a_401_is_explained_from_the_token(name: str, cli: InProcess, api: Api) 
     assert len(api.requests) == 2
 
 
+LENGTHS = {
+    1: "1 s", 119: "119 s", 120: "2 min", 7199: "120 min", 7200: "2 h", 172799: "48 h",
+    172800: "2 d",
+}  # fmt: skip
+
+
+def test_a_length_of_time_is_readable(
+    cli: InProcess, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    for seconds, text in LENGTHS.items():
+        token = claims(exp=NOW + seconds, scope="container:read")
+        result = cli("-v", "status", at=api, env={"BUS_AI_TOKEN": token})
+        assert f"token from BUS_AI_TOKEN: expires in {text}\n" in result.message
+
+
 def test_401_names_the_scope_of_each_command(cli: InProcess, platform: Platform) -> None:
     """And all that is wrong with a token at once."""
     token = platform.token(audience="x.example", scope="y", expires_in=-7205.0)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -147,8 +148,20 @@ BAD_NUMBERS = {
 }
 
 
-def test_the_numbers_of_a_document(cli: InProcess, api: Api) -> None:
-    """Refused on every Python alike."""
+@pytest.mark.parametrize("limit", [4300, 0], ids=["as-usual", "unlimited"])
+def test_the_numbers_of_a_document(limit: int, cli: InProcess, api: Api) -> None:
+    """Refused on every Python alike, whatever a host program allows for its own numbers."""
+    has_limit = hasattr(sys, "set_int_max_str_digits")
+    if has_limit:  # an older Python has none
+        sys.set_int_max_str_digits(limit)
+    try:
+        check_numbers(cli, api)
+    finally:
+        if has_limit:
+            sys.set_int_max_str_digits(4300)
+
+
+def check_numbers(cli: InProcess, api: Api) -> None:
     for number in (*GOOD_NUMBERS, *BAD_NUMBERS):
         result = cli("status", at=api.answers(b'{"items":[{"id":%s}]}' % number.encode()))
         if number in BAD_NUMBERS:

@@ -174,6 +174,25 @@ def test_few_descriptors(program: Program, api: Api) -> None:
     assert api.requests == []
 
 
+def test_a_standard_error_that_select_cannot_take(cli: InProcess, api: Api) -> None:
+    """It takes descriptors below 1024 only, and a host program may have thousands."""
+    number = 1500
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    skip_if("" if before[1] > number else "more descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number + 1, before[1]))
+    reader, writer = os.pipe()
+    os.dup2(writer, number)
+    os.close(writer)
+    try:
+        with open(reader, "rb") as file:
+            with open(number, "w", encoding="utf-8") as stream:
+                assert cli("run", "-v", "true", at=api, stderr=stream).code == 0
+            assert b": 200, " in file.read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 ALL_DESCRIPTORS = """
 import os, resource
 from bus_containers import BusContainersError, Client
