@@ -500,6 +500,7 @@ _URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
 _TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
 # The config directory below the value of each variable; the first variable that is set counts.
 _CONFIG_DIRECTORIES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
+_BLANKS = " \t\r\n\v\f"  # around a token they do not count
 _JWT_START = "eyJ"  # the base64 of `{"`, with which the header of every JWT begins
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
@@ -628,7 +629,7 @@ def _checked_token(text: str, source: str) -> str:
     import re
     if not isinstance(text, str):
         raise ConfigError(f"{source} is not text")
-    token = text.strip(" \t\r\n\v\f")
+    token = text.strip(_BLANKS)
     if not token:
         raise ConfigError(f"no token: {source} is empty", _TOKEN_ADVICE)
     if re.fullmatch("[!-~]+", token):
@@ -1011,7 +1012,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
 
 
 def _any_form(character: str) -> str:
-    if character.isascii() and (character.isalnum() or character in "-._~"):  # never escaped
+    if character.isascii() and (character.isalnum() or character in "-._"):  # never escaped
         return f"[{character}]"
     code = ord(character)
     return rf"(\\?\{character}|%{code:02x}|\\u{code:04x}|&#?\w+;)"
@@ -1028,8 +1029,7 @@ def _redacted_document(value: Any, secrets: Sequence[str]) -> Any:
     return value
 
 
-# Without keep-alive a NAT forgets the idle connection of a run. TCP_KEEPALIVE is what macOS calls
-# TCP_KEEPIDLE. http.client would set TCP_NODELAY if it made the connection.
+# Without keep-alive a NAT forgets the idle connection of a run. macOS has TCP_KEEPALIVE for IDLE.
 _SOCKET_OPTIONS = [
     ("IPPROTO_TCP", "TCP_NODELAY", 1), ("SOL_SOCKET", "SO_KEEPALIVE", 1),
     ("IPPROTO_TCP", "TCP_KEEPIDLE", 30), ("IPPROTO_TCP", "TCP_KEEPALIVE", 30),
@@ -1287,10 +1287,13 @@ class _Attempt(io.RawIOBase):
         return _Answer(response.status, response.reason, headers, body)
 
     def _end_head(self, response: Any) -> list[tuple[str, str]]:
+        import http.client
         # Of the interim answers http.client skips only 100. A 101 is not one: it ends HTTP.
         while 102 <= response.status < 200:
             response.headers = None  # or begin() would not read the next head
             response.begin()
+        if response.fp.last_line.strip(b"\r") != b"\n":  # http.client takes an end for that, too
+            raise http.client.IncompleteRead(b"")
         headers = [(name, text.replace(_NOT_OF_EMAIL, "")) for name, text in response.getheaders()]
         lines = [f"{response.status} {response.reason}"]
         lines += [f"{name}: {text}" for name, text in headers]
@@ -1309,10 +1312,8 @@ class _Attempt(io.RawIOBase):
                 raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
             while piece := response.read(_IO_BYTES):
                 body += piece
-            # http.client counts the length down to 0. Without a length the connection's end is the
-            # body's end. Without a body either, it may be the headers that were cut.
-            is_bare = response.length is None and not response.chunked and not body
-            if response.length or is_bare:
+            # http.client counts it down to 0. Without one the connection's end is the body's end.
+            if response.length:
                 raise http.client.IncompleteRead(b"", response.length)
         except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
             if response.status < 300:
@@ -1330,7 +1331,7 @@ class _Attempt(io.RawIOBase):
             try:
                 return operation(*arguments)
             except socket.timeout as error:
-                if error.errno is not None:  # the kernel's ETIMEDOUT: the connection is lost
+                if error.args != ("timed out",):  # the kernel's, or that of a handler of a signal
                     raise
 
     def sendall(self, data: bytes) -> None:
@@ -1383,7 +1384,8 @@ class _AnswerReader(io.BufferedReader):
         import re
         line = re.sub(rb"\r(?!\n)", b" ", super().readline(limit))
         kind = b"(?i)^((content-type:|[ \t]).*?(multipart|message))/"
-        return re.sub(kind, rf"\1{_NOT_OF_EMAIL}/".encode(), line)
+        self.last_line = re.sub(kind, rf"\1{_NOT_OF_EMAIL}/".encode(), line)
+        return self.last_line
 
 
 def _start_connecting(family: int, type_: int, protocol: int, _name: str, address: Any) -> Any:
@@ -1405,11 +1407,12 @@ def _start_connecting(family: int, type_: int, protocol: int, _name: str, addres
 
 def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
     """Return the document of an answer that can be used, or raise what is wrong with it."""
+    is_empty = not answer.body
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
         raise _error_of_status(exchange, answer, document)
     # Only a DELETE may be answered without a document.
-    if answer.status == 204 and exchange.method == "DELETE":
+    if (exchange.method, answer.status, is_empty) == ("DELETE", 204, True):
         return {}
     if answer.status not in (200, 201, 202, 204):
         problem = "the API answers with 200, 201, 202 or 204"
@@ -2261,10 +2264,9 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
 
 
 class _Process:
-    """The process. If it is our own, its signals and standard descriptors are taken care of."""
+    """The process, its signals and its standard descriptors."""
 
-    def __init__(self, *, is_own: bool) -> None:
-        self.is_own = is_own  # not a host program's
+    def __init__(self) -> None:
         self.failure_code = 1  # the command's, once that is known
         self.signal_number = 0
         self.signal_time = 0.0
@@ -2273,8 +2275,6 @@ class _Process:
     def prepare(self) -> None:
         import gc
         import signal
-        if not self.is_own:
-            return
         # A script's background job inherits an ignored SIGINT, which stays so. For PID 1 the kernel
         # has no default action: without a handler, SIGTERM would do nothing.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -2343,7 +2343,7 @@ class _Reporter(_Observer):
         self.process = process
         self.url_source = "--api-url"
         # An error may quote a token from a wrong place. Its variable may hold it in quotes.
-        self.secrets = [os.environ.get(name, "").strip(" \n\"'") for name in _TOKEN_VARIABLES]
+        self.secrets = [os.environ.get(key, "").strip(f"{_BLANKS}\"'") for key in _TOKEN_VARIABLES]
         self.run_state = "not_sent"
         self.outcome = ""  # of a run, which whatever fails after it has to tell
         self.has_failed = False
@@ -2821,7 +2821,7 @@ def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return its exit code."""
-    return _main(argv, _Process(is_own=False))
+    return _main(argv, _Process())
 
 
 def _main(argv: Sequence[str] | None, process: _Process) -> int:
@@ -2833,7 +2833,6 @@ def _main(argv: Sequence[str] | None, process: _Process) -> int:
     if command in _COMMANDS:
         process.failure_code = _COMMANDS[command].failure_code
     try:
-        process.prepare()
         if ("--help", None) in options or ("--version", None) in options:
             return _print_about(command, options)
         for number, word in enumerate(argv, 1):
@@ -2924,7 +2923,7 @@ def _finish_run(
 
 def console() -> NoReturn:
     """Run the process's command line, and end the process with its exit code."""
-    process = _Process(is_own=True)
+    process = _Process()
     sys.unraisablehook = process.report_unraisable
     code: int | None = None
     reserve = bytes(2 * _IO_BYTES)  # of memory, to tell with that there is no more
@@ -2932,6 +2931,7 @@ def console() -> NoReturn:
     while True:
         try:
             if code is None:
+                process.prepare()
                 code = _main(None, process)
             process.end(code)
         except KeyboardInterrupt as interrupt:

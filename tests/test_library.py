@@ -8,6 +8,7 @@ import inspect
 import json
 import pickle
 import re
+import signal
 import sys
 import threading
 import typing
@@ -312,6 +313,24 @@ def test_timeouts(serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch)
     for told, keywords in limited:
         with pytest.raises(DeadlineError, match=f"within {told}"):
             slow.run(["true"], **keywords)
+
+
+def test_an_exception_of_a_host_s_handler_ends_a_call(serve: Serve) -> None:
+    """The usual idiom for a limit of one's own; it must not be taken for a wait that is over."""
+
+    def expire(*_: object) -> None:
+        raise TimeoutError("enough")
+
+    client = Client(serve(silent()).url, CANARY)
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(TransportError, match="the connection was lost: enough") as caught:
+            client.run(["true"], timeout=LIMIT)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert caught.value.run_state == "unknown"
 
 
 @pytest.mark.parametrize("threads", [8, pytest.param(32, marks=second_tier)])

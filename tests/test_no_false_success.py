@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 import bus_containers
-from hostile import Api, Hostile, Script, answer, close, message, reset
+from hostile import Api, Hostile, Script, answer, close, message, raw, reset
 from support import (
     BODIES,
     CANARY,
@@ -206,6 +206,9 @@ NO_ROUTE = answer(b'{"error":{"type":"invalid_route"}}', "404 Not Found")
 UNAVAILABLE = answer(b'{"error":{"type":"unavailable","message":"m"}}', "503 Unavailable")
 
 
+CHUNKED_204 = b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 def says_of(document: object) -> Script:
     return answer(json.dumps(document).encode())
 
@@ -215,6 +218,11 @@ DELETIONS = [
     Deletion("true-without-an-id", (says_of({"deleted": True}),)),
     Deletion("an-empty-object", (answer(b"{}"),)),
     Deletion("204", (answer(b"", "204 No Content"),)),
+    # What does not belong there counts all the same, and what is cut does not.
+    Deletion("204-that-denies-it", (raw(CHUNKED_204 + b"11\r\n{\"deleted\":false}\r\n0\r\n\r\n"),),
+             "the answer does not say that the run run-1 is deleted"),
+    Deletion("204-that-is-cut", (raw(CHUNKED_204[:14]),) * 3, "the answer was cut short"),
+    Deletion("204-that-is-cut-later", (raw(CHUNKED_204[:-2]),) * 3, "the answer was cut short"),
     *(
         Deletion(
             name, (says_of(document),), ": the answer does not say that the run run-1 is deleted"

@@ -155,7 +155,7 @@ def test_a_message_is_told_around_what_is_redacted(token: str, cli: InProcess, a
     assert (told == token) == (token in found["text"])
 
 
-MARKED = "0paque/t0ken+with&marks=of<all>k1nds"
+MARKED = "0paque/t0ken+with&marks=of<all>k1nds~"
 FORMS = {
     "URL": urllib.parse.quote(MARKED, safe=""),
     "URL in lower case": urllib.parse.quote(MARKED, safe="").lower(),
@@ -163,6 +163,7 @@ FORMS = {
     "JSON": MARKED.replace("/", "\\/"),
     "Go's JSON": re.sub("[&<>]", lambda mark: f"\\u{ord(mark[0]):04x}", MARKED),
     "HTML": html.escape(MARKED),
+    "form": urllib.parse.quote(MARKED, safe="").replace("~", "%7E"),
     "HTML by numbers": re.sub(r"\W", lambda mark: f"&#{ord(mark[0])};", MARKED),
 }
 
@@ -210,7 +211,7 @@ def test_the_token_as_a_word_of_the_command_line(cli: InProcess, api: Api) -> No
         check_failure(cli(*args, at=api), 2, "--token-file")
     assert api.requests == []
     for args in (("status", CANARY), ("--api-url", CANARY, "runs"), ("-f", CANARY, "runs")):
-        for value in (CANARY, f'"{CANARY}"'):
+        for value in (CANARY, f'"{CANARY}"', f"{CANARY}\r", f"\t{CANARY}\f\n"):
             told = check_failure(cli(*args, env={"BUS_API_TOKEN": value}), 2)
             assert "[redacted]" in told
     api.answers({"error": {"type": "not_found"}}, status="404 Not Found")
