@@ -7,6 +7,7 @@ terminal is a failure.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -162,6 +163,30 @@ def what_is_in_progress_is_shown_in_place(program: Program) -> None:
         assert all(len(line) < (case.columns or 80) for line in screen.drawn)
 
     check_each(check, [*SHOWN], workers=len(SHOWN))
+
+
+class HostScreen(io.StringIO):
+    """A terminal of a host program's, of which nobody knows how wide it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_line = threading.Event()
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if "codex" in text:
+            self.has_line.set()
+        return super().write(text)
+
+
+def test_a_terminal_of_unknown_width_has_eighty_columns(cli: InProcess) -> None:
+    screen = HostScreen()
+    with Hostile(held(screen.has_line, message(DOCUMENT))) as server:
+        result = cli("run", "x" * 200, at=server, env=XTERM, stderr=screen)
+    first, _, _ = screen.getvalue().partition("\r")
+    assert (result.code, at_first(first)) == (0, f"1 s of 30 min  codex: {'x' * 57}"[:79])
 
 
 # A process for which five minutes pass in less than a second, once it has been told. Connecting
