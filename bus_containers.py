@@ -24,8 +24,7 @@ failure is 125 for `run` and 1 for the other commands. A `run` that did not fail
 container's own code.
 
 Data goes one way: argv -> options -> settings -> client -> exchange -> attempt -> answer ->
-document -> format -> result. After the constants come errors and the client, then what serves them,
-then the command line: tables, parser, output, commands, `main` and `console`.
+document -> format -> result. First come errors and client, then what serves them, then commands.
 """
 
 from __future__ import annotations
@@ -535,7 +534,6 @@ def _checked_api_url(url: str, source: str) -> str:
     if not isinstance(url, str):
         raise ConfigError(f"{source} is not text")
     shown = _redacted_url(url)
-    # Two mistakes are made often enough for a hint.
     hint = ""
     if "://" not in url:
         hint = f": write https://{shown}, or http://{shown} for plain HTTP"
@@ -2212,11 +2210,8 @@ def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") 
 
 
 def _descriptor(stream: Any) -> int | None:
-    """Return the descriptor that can be written to in a stream's place, or None.
-
-    A host program may have replaced a standard stream by any object. That of gzip, say, has a
-    descriptor, too, to which only the object itself may write.
-    """
+    """Return the descriptor that can be written to in a stream's place, or None."""
+    # A host's own object, as that of gzip, may have one to which only that object may write.
     if type(stream) is not io.TextIOWrapper:
         return None
     try:
@@ -2231,7 +2226,7 @@ def _is_writable(descriptor: int, seconds: float) -> bool:
         import select
         _, writable, _ = select.select([], [descriptor], [], seconds)
         return bool(writable)
-    except (ImportError, AttributeError, OSError, ValueError):
+    except (Exception, SystemExit):  # noqa: BLE001 - a select.py in the way, or no memory
         return True  # nobody knows: Windows selects sockets only
 
 
@@ -2653,11 +2648,12 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
     import errno
     # Where there is no room for a new file, there may be none to overwrite the old one.
-    no_room = (errno.ENOSPC, errno.EDQUOT)
+    fatal = [errno.ENOSPC, errno.EDQUOT]
     try:
         old = os.stat(path)
     except FileNotFoundError:
         old = None
+        fatal += errno.errorcode  # every one, as there is no old one
     if old is not None and (not stat.S_ISREG(old.st_mode) or _is_shared(old)):
         return False
     # A signal may come at any moment, so the name is known before there is a file of it.
@@ -2666,7 +2662,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         try:
             descriptor = os.open(temporary, _NEW_FILE, 0o666)  # less what the umask takes
         except OSError as error:
-            if error.errno in no_room:
+            if error.errno in fatal:
                 raise
             return False
         with open(descriptor, "wb", buffering=0):  # which closes it
@@ -2681,7 +2677,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         try:
             os.replace(temporary, os.path.realpath(path))
         except OSError as error:  # a mounted file, or another's in a folder such as /tmp
-            if error.errno in no_room:
+            if error.errno in fatal:
                 raise
             return False
         return True
@@ -2737,7 +2733,6 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
         left = end - time.monotonic()
         is_last_look = left <= 0
         try:
-            # There may be no token yet.
             client = client or _client(args, report)
             client._retries = 0  # this loop is what tries again
             # Whatever --timeout says, a look ends with the wait, but has a second in any case.
@@ -2821,10 +2816,10 @@ def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return its exit code."""
-    return _main(argv, _Process())
+    return _main(argv, _Process(), is_own=False)
 
 
-def _main(argv: Sequence[str] | None, process: _Process) -> int:
+def _main(argv: Sequence[str] | None, process: _Process, *, is_own: bool) -> int:
     """Run a command line and return its exit code; the one place where errors become one."""
     if argv is None:
         argv = [_decode_argument(word) for word in sys.argv[1:]]
@@ -2833,22 +2828,25 @@ def _main(argv: Sequence[str] | None, process: _Process) -> int:
     if command in _COMMANDS:
         process.failure_code = _COMMANDS[command].failure_code
     try:
-        if ("--help", None) in options or ("--version", None) in options:
-            return _print_about(command, options)
-        for number, word in enumerate(argv, 1):
-            if word != word.encode(errors="replace").decode():
-                raise _UsageError(f"argument {number} is not valid UTF-8")
-        return _execute(_parse(command, options, words), report)
-    except _ReaderLeftError:
-        return process.failure_code
-    except BusContainersError as error:
-        report.error(error, command)
-        return 2 if isinstance(error, _UsageError) else process.failure_code
-    except KeyboardInterrupt as interrupt:
+        try:
+            if is_own:  # not a host program's
+                process.prepare()
+            if {("--help", None), ("--version", None)}.intersection(options):
+                return _print_about(command, options)
+            for number, word in enumerate(argv, 1):
+                if word != word.encode(errors="replace").decode():
+                    raise _UsageError(f"argument {number} is not valid UTF-8")
+            return _execute(_parse(command, options, words), report)
+        except _ReaderLeftError:
+            return process.failure_code
+        except BusContainersError as error:
+            report.error(error, command)
+            return 2 if isinstance(error, _UsageError) else process.failure_code
+        # SystemExit is that of a script which is in the way of a module.
+        except (Exception, SystemExit) as fault:  # noqa: BLE001 - told in a line, like any other
+            return report.fault(fault, command)
+    except KeyboardInterrupt as interrupt:  # which may come just before an error is told
         return report.interrupt(interrupt, command)
-    # SystemExit is that of a script which is in the way of a module.
-    except (Exception, SystemExit) as fault:  # noqa: BLE001 - told in a line, like any other
-        return report.fault(fault, command)
 
 
 def _print_about(command: str | None, options: _Options) -> int:
@@ -2877,13 +2875,15 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
     functions = {"status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help}
     try:
         try:
-            document = functions[args.command](args, report)
+            try:
+                document = functions[args.command](args, report)
+            finally:
+                report.show_progress("")
+            report.tick()  # for a signal that came amid a message
         except KeyboardInterrupt:
             if report.deleted:
                 _write_result(args, result, report.deleted)
             raise
-        finally:
-            report.show_progress("")
         if args.command == "run":
             return _finish_run(args, result, document, report)
         _write_result(args, result, document)
@@ -2910,7 +2910,8 @@ def _finish_run(
     try:
         _write_result(args, result, document)
     finally:
-        if args.format == "text" and result is not None:
+        # After a signal nothing waits for a reader any more.
+        if args.format == "text" and result is not None and not report.process.signal_number:
             report.run_ended(document, result.is_on_terminal())
     code = document.get("exit_code")
     # True is 1, too, and 37.0 is 37: what is not an integer in JSON must not become an exit code.
@@ -2931,8 +2932,7 @@ def console() -> NoReturn:
     while True:
         try:
             if code is None:
-                process.prepare()
-                code = _main(None, process)
+                code = _main(None, process, is_own=True)
             process.end(code)
         except KeyboardInterrupt as interrupt:
             code = getattr(interrupt, "exit_code", 130)

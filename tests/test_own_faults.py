@@ -84,12 +84,13 @@ except bus_containers.BusContainersError as error:
 """
 
 
-@pytest.mark.parametrize("script", ["raise SystemExit(0)", "import json; json.surprise"])
+@pytest.mark.parametrize("script", ["raise SystemExit(0)", "import json; json.surprise", "1 / 0"])
+@pytest.mark.parametrize("name", ["json", "select"])  # messages need the second one, too
 def test_a_script_in_the_way_that_ends_or_fails(
-    script: str, program: Program, api: Api, tmp_path: Path
+    name: str, script: str, program: Program, api: Api, tmp_path: Path
 ) -> None:
     """No exit 0 from it, and no exception of another kind out of the library."""
-    env = shadow(tmp_path, "json", script)
+    env = shadow(tmp_path, name, script)
     check_fault(program(*RUN, at=api, env=env), 125)
     check_fault(program("status", at=api, env=env), 1)
     assert api.requests == []
