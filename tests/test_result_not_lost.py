@@ -332,11 +332,17 @@ def test_an_output_that_becomes_a_fifo_without_a_reader(
     check_saved(result, DOCUMENTS["run"], "out", errno.ENXIO)
 
 
-def test_a_signal_while_the_result_waits_for_its_reader(program: Program, api: Api) -> None:
-    """Promise 6.3: the run has ended, and nothing else can tell how."""
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_signal_while_the_result_waits_for_its_reader(
+    form: str, program: Program, api: Api
+) -> None:
+    """Promise 6.3: the run has ended, and nothing else can tell how.
+
+    The container's standard error would wait for a reader, too.
+    """
     reader, writer = os.pipe()
-    api.answers({**big(1_000_000), "exit_code": 37})
-    process = program.start(*RUN, at=api, stdout=writer)
+    api.answers({**big(1_000_000), "exit_code": 37, "stderr": "x" * 100_000})
+    process = program.start("-f", form, *RUN, at=api, stdout=writer)
 
     def act() -> None:
         await_that(lambda: bool(select.select([reader], [], [], 0)[0]))
@@ -493,24 +499,25 @@ def test_a_file_system_that_fills_up(case: str, program: Program, api: Api, fold
 
 
 # What NFS says where a quota is exceeded: at the close of a FIFO or of a file with a result in it,
-# and at its rename.
+# and at its rename. Or no file gets a new name, as where a folder may only be added to.
 QUOTA = r"""
 #include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-static int fail(void) { errno = EDQUOT; return -1; }
+static int fail(int number) { errno = number; return -1; }
 int close(int fd) {
     struct stat file;
     int is_known = !fstat(fd, &file);
     int is_result = is_known && S_ISREG(file.st_mode) && file.st_size == SIZE && !RENAME;
     int result = syscall(SYS_close, fd);
-    return is_result || (is_known && S_ISFIFO(file.st_mode)) ? fail() : result;
+    return is_result || (is_known && S_ISFIFO(file.st_mode)) ? fail(EDQUOT) : result;
 }
 int rename(const char *from, const char *to) {
     int is_result = RENAME && strstr(from, ".bus-containers");
-    return is_result ? fail() : syscall(SYS_renameat2, -100, from, -100, to, 0);
+    if (!is_result) return syscall(SYS_renameat2, -100, from, -100, to, 0);
+    return fail(strstr(to, "new") ? EPERM : EDQUOT);
 }
 """
 
@@ -533,6 +540,9 @@ def test_a_quota_that_is_exceeded(
     full: Env = {"LD_PRELOAD": library}
     result = program("-o", "out", *RUN, at=api.answers(document), env=full)
     check_saved(result, document, "out", errno.EDQUOT)
+    if fails_at == "rename":
+        result = program("-o", "new", *RUN, at=api, env=full)
+        check_saved(result, document, "new", errno.EPERM)
     assert tree(folder) == {"out": OLD}
     fifo = folder / "fifo"
     os.mkfifo(fifo)

@@ -354,38 +354,59 @@ def test_an_interrupt_that_python_drops(program: Program, api: Api) -> None:
     assert check_failure(result, -signal.SIGINT) == f"bus-containers: interrupted{ADVICE}"
 
 
-# The signal comes when a function of this name returns.
-AT_A_RETURN = """
+# The signal comes when a function of this name, with such a variable, is called or returns.
+HIT = """
 import os, runpy, signal, sys
 def hit(frame, event, argument):
-    if frame.f_code.co_name == name and event == "return":
+    code = frame.f_code
+    if (code.co_name, event) == (name, when) and variable in code.co_varnames:
         sys.setprofile(None)
         signal.raise_signal(signal.SIGTERM)
-name = sys.argv[1]
-sys.argv = sys.argv[2:]
+_, when, name, variable, *sys.argv = sys.argv
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 sys.setprofile(hit)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def hit_at_a_return(program: Program, name: str) -> Program:
-    command = [sys.executable, "-c", AT_A_RETURN, name, program.command[-1]]
+def hit_at(program: Program, when: str, name: str, variable: str = "self") -> Program:
+    command = [sys.executable, "-c", HIT, when, name, variable, program.command[-1]]
     return Program(command, program.home)
 
 
-@pytest.mark.parametrize("name", ["receive_run", "fetch", "_run"])
-def test_a_signal_between_an_answer_and_its_writing(name: str, program: Program, api: Api) -> None:
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [("receive_run", "self"), ("fetch", "self"), ("_run", "args"), ("_is_writable", "descriptor")],
+    ids=["receive_run", "fetch", "_run", "amid-a-warning"],
+)
+def test_a_signal_between_an_answer_and_its_writing(
+    name: str, variable: str, program: Program, api: Api
+) -> None:
     """Promise 6.3: what came of the run is told."""
-    api.answers({**DOCUMENTS["run"], "run_id": "run-1", "exit_code": 37})
-    result = hit_at_a_return(program, name)(*RUN, at=api)
+    api.answers({**DOCUMENTS["run"], "run_id": "run-1", "exit_code": 127})
+    result = hit_at(program, "return", name, variable)(*RUN, at=api)
     assert (result.code, result.out) == (-signal.SIGTERM, b"")
-    assert "terminated; run run-1 ended with exit code 37" in result.message
+    assert "terminated; run run-1 ended with exit code 127" in result.message
+
+
+def test_a_signal_between_an_error_and_its_message(program: Program) -> None:
+    """Promise 6.3."""
+    before = hit_at(program, "call", "error", "command")
+    with Hostile(steps(Connection.read_request)) as server:
+        result = before(*RUN, at=server)
+    assert check_failure(result, -signal.SIGTERM) == f"bus-containers: terminated{ADVICE}"
+
+
+def test_a_signal_after_the_last_deletion(program: Program, api: Api) -> None:
+    """Promise 6.14: what was deleted is printed."""
+    result = hit_at(program, "return", "_delete", "args")("delete", "a", at=api)
+    assert result.code == -signal.SIGTERM
+    assert json.loads(result.out)["run_id"] == "a"
 
 
 def test_a_signal_amid_an_error_takes_no_message_away(program: Program) -> None:
     """Promise 6.10."""
-    amid = hit_at_a_return(program, "as_document")
+    amid = hit_at(program, "return", "as_document")
     with Hostile(steps(Connection.read_request)) as server:
         result = amid(*RUN, at=server)
     check_failure(result, -signal.SIGTERM, "the connection was lost")
