@@ -135,6 +135,8 @@ BROKEN = [
         ("402-and-bad-length", answer(b"", "402 Pay", "Content-Length: z"), "402", "refused"),
         ("402-negative-chunk", raw(CHUNKED.replace(b"200 OK", b"402 No") + b"-5\r\nhello\r\n"),
          "HTTP 402 No", "refused"),
+        ("300-negative-chunk", raw(CHUNKED.replace(b"200 OK", b"300 So") + b"-5\r\nhello\r\n"),
+         "HTTP 300 So", "refused"),
         ("503-and-reset", reset(message(b"<", "503 X", length=9)), "HTTP 503 X", "unknown", 3),
         ("502-and-bad-length", answer(b"", "502 X", "Content-Length: z"), "502 X", "unknown", 3),
         ("504", html("504 Gateway Time-out", "504"), "HTTP 504 Gateway Time-out", "unknown", 3),
