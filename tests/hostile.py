@@ -11,6 +11,7 @@ A script is a function of a `Connection`. A server counts what it was asked; a t
 from __future__ import annotations
 
 import errno
+import fcntl
 import hmac
 import json
 import re
@@ -23,6 +24,7 @@ import ssl
 import struct
 import subprocess
 import tempfile
+import termios
 import threading
 import time
 import warnings
@@ -96,6 +98,13 @@ class Connection:
     def await_data(self) -> None:
         """Wait until something can be read, and leave it there."""
         select.select([self.sock], [], [], LIMIT)
+
+    def await_sent(self) -> None:
+        """Wait until the client's kernel has what was sent: a reset takes the rest away."""
+        end = time.monotonic() + LIMIT
+        while fcntl.ioctl(self.sock.fileno(), termios.TIOCOUTQ, b"1234") != bytes(4):
+            assert time.monotonic() < end
+            time.sleep(0.001)
 
     def start_tls(self, context: ssl.SSLContext) -> None:
         """Speak TLS from here on, as a server; `sock` is replaced."""
@@ -191,6 +200,7 @@ def answer_unread(data: bytes, linger: bool) -> Script:
         if linger:
             connection.sock.shutdown(socket.SHUT_WR)
             connection.hold()
+        connection.await_sent()
 
     return script
 
