@@ -499,7 +499,7 @@ _URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
 _TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
 # The config directory below the value of each variable; the first variable that is set counts.
 _CONFIG_DIRECTORIES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
-_BLANKS = " \t\r\n\v\f"  # around a token they do not count
+_BLANKS = " \t\r\n\v\f"  # around a token, of which they are no part
 _JWT_START = "eyJ"  # the base64 of `{"`, with which the header of every JWT begins
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
@@ -1027,7 +1027,7 @@ def _redacted_document(value: Any, secrets: Sequence[str]) -> Any:
     return value
 
 
-# Without keep-alive a NAT forgets the idle connection of a run. macOS has TCP_KEEPALIVE for IDLE.
+# Without keep-alive a NAT forgets the idle connection of a run. macOS says TCP_KEEPALIVE.
 _SOCKET_OPTIONS = [
     ("IPPROTO_TCP", "TCP_NODELAY", 1), ("SOL_SOCKET", "SO_KEEPALIVE", 1),
     ("IPPROTO_TCP", "TCP_KEEPIDLE", 30), ("IPPROTO_TCP", "TCP_KEEPALIVE", 30),
@@ -1329,7 +1329,7 @@ class _Attempt(io.RawIOBase):
             try:
                 return operation(*arguments)
             except socket.timeout as error:
-                if error.args != ("timed out",):  # the kernel's, or that of a handler of a signal
+                if error.args != ("timed out",):  # the kernel's, or a signal handler's
                     raise
 
     def sendall(self, data: bytes) -> None:
@@ -2887,7 +2887,7 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         if args.command == "run":
             return _finish_run(args, result, document, report)
         _write_result(args, result, document)
-        return _COMMANDS[args.command].failure_code if report.has_failed else 0
+        return report.process.failure_code if report.has_failed else 0
     finally:
         try:
             if result is not None:
