@@ -76,26 +76,20 @@ _RUN_ADVICE = (
     "the run may still be executing and counting against the quota: "
     f"look with `{_PROGRAM} runs`, end it with `{_PROGRAM} delete RUN_ID`"
 )
-
 _TIMEOUT_SECONDS = 30.0
 _RUN_TIMEOUT_SECONDS = 1800.0  # runs of half an hour are normal
-# On top of the run's own limit: for a cold start, and for the answer's way back.
-_RUN_MARGIN_SECONDS = 30.0
+_RUN_MARGIN_SECONDS = 30.0  # on top of the run's own limit: for a cold start, and the way back
 _MAX_SECONDS = 10.0**15  # longer than Go's longest duration, and still exact to a second as a float
 _WHOLE_NUMBER = "a whole number >= 0 of at most 15 digits"
-# A firewall that drops packets is noticed in seconds, not at the limit of a run.
-_CONNECT_SECONDS = 10.0
-# RFC 8305, section 5, recommends this delay before the next address is tried.
-_NEXT_ADDRESS_SECONDS = 0.25
+_CONNECT_SECONDS = 10.0  # so a firewall that drops packets is noticed in seconds
+_NEXT_ADDRESS_SECONDS = 0.25  # before the next address is tried, as in RFC 8305, section 5
 _RETRIES = 2  # about a second in all: what takes longer is for `status --wait`
 _RETRY_PAUSE_SECONDS = 0.3  # before the first one; each further one is twice as long
-# The longest wait between two looks at the deadline, at signals and at the line of progress.
-_TICK_SECONDS = 0.2
+_TICK_SECONDS = 0.2  # the longest wait between two looks at deadline, signals and progress
 _WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wait`
 _MAX_RETRY_AFTER_SECONDS = 10  # the longest one that it obeys, as more would use up most waits
 _STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten minutes
 _PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
-
 _MAX_ANSWER_BYTES = 1 << 30  # a server must not fill the memory
 _MAX_ERROR_BYTES = 1 << 20  # what is longer does not come from the API, and takes long to redact
 _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
@@ -108,6 +102,7 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _LAST_WORDS = f"{_PROGRAM}: out of memory, or worse; if this was `run`, {_RUN_ADVICE}\n".encode()
 _TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no deadline meanwhile
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
+_NO_ROOM_SECONDS = 0.001  # until another look at a terminal that has room, but not enough
 
 
 def _visible(text: str) -> str:
@@ -117,8 +112,9 @@ def _visible(text: str) -> str:
     )
 
 
-def _shown(text: str) -> str:
-    """Return text from outside, escaped and cut for a message."""
+def _shown(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return text from outside for a message: without secrets, cut and escaped."""
+    text = _redacted(text, secrets)
     if len(text) > _MAX_QUOTED:
         text = f"{text[:_MAX_QUOTED]}..."
     return _visible(text)
@@ -135,8 +131,19 @@ def _rounded(seconds: float) -> str:
     return f"{seconds / 86_400:.0f} d"
 
 
-# ---- Errors ---------------------------------------------------------------------------------
+def _is_of_handler(error: BaseException) -> bool:
+    """Return whether a signal's handler raised an error; a host's may raise a TimeoutError, say."""
+    signal: Any = __import__("_signal")  # built in, so that no file can be in its way
+    codes = {getattr(signal.getsignal(n), "__code__", None) for n in signal.valid_signals()}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False
 
+
+# ---- Errors ---------------------------------------------------------------------------------
 
 class BusContainersError(Exception):
     """Base of every error that is raised on purpose. Its text is `reason`, then `advice`.
@@ -302,7 +309,6 @@ def _is_retryable(status: int) -> bool:
 
 # ---- Client ---------------------------------------------------------------------------------
 
-
 class Client:
     """The four calls of the container-run API, for the account in a bearer token.
 
@@ -395,8 +401,7 @@ class Client:
         if "items" not in document and "runs" in document:  # as other providers name the list
             items = document.pop("runs")
             document = {"items": items, **document}
-        # Go writes an empty list as null.
-        if "items" in document and document["items"] is None:
+        if "items" in document and document["items"] is None:  # Go's empty list
             document["items"] = []
         if not isinstance(document.get("items"), list):
             raise exchange.error(ProtocolError, "the answer lists no runs")
@@ -417,7 +422,6 @@ class Client:
             document = {}
         if not document:  # 204, {} or the 404 above: all of them mean that it is gone
             return {"deleted": True, "run_id": run_id}
-        # A state alone, or the answer for another run, does not say that this one is gone.
         is_this_run = document.get("run_id", run_id) == run_id
         if document.get("deleted") is not True or not is_this_run:
             text = f"the answer does not say that the run {run_id} is deleted"
@@ -426,16 +430,17 @@ class Client:
 
 
 def _load_modules(api_url: str) -> dict[str, Any]:
-    """Import what a request needs, and return all modules. Raises BusContainersError.
-
-    What is missing, in the way of a module or out of descriptors shows before anything is sent.
-    """
+    """Import what a request needs, and return all modules. Raises BusContainersError."""
+    # What is missing, in the way of a module or out of descriptors shows before anything is sent.
     try:
-        for name in ("ipaddress", "json", "re", "selectors", "threading", "urllib.request"):
-            __import__(name)
+        names = ["_signal", "ipaddress", "json", "re", "selectors", "threading", "urllib.request"]
         if api_url.lower().startswith("https:"):
-            __import__("ssl")
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - of a script, any
+            names += ["encodings.idna", "ssl"]  # the former for the name in a certificate
+        for name in names:
+            __import__(name)
+    except (Exception, SystemExit) as error:  # of a script, any
+        if _is_of_handler(error):
+            raise
         fault = _internal_error(error)
         fault.run_state = "not_sent"
         raise fault from None
@@ -445,10 +450,8 @@ def _load_modules(api_url: str) -> dict[str, Any]:
 def _run_request(
     command: Sequence[str], profile: str | None, image: str | None, timeout_seconds: int | None
 ) -> Document:
-    """Return the body of a run's request. Raises ConfigError in the words of `Client.run`.
-
-    The command line calls this as well, to report what is wrong before it looks for a token.
-    """
+    """Return the body of a run's request. Raises ConfigError in the words of `Client.run`."""
+    # The command line calls this as well, to report what is wrong before it looks for a token.
     if profile is not None and image is not None:
         raise ConfigError("`profile` and `image` exclude each other")
     target = {"profile": _DEFAULT_PROFILE if profile is None else profile}
@@ -459,8 +462,7 @@ def _run_request(
             raise ConfigError(f"`{name}` {value!r} is not a name")
     if not _is_list_of_words(command):
         raise ConfigError("`command` is not a list of words")
-    # The API's names: a profile takes `args`, an image a `command`.
-    key = "args" if image is None else "command"
+    key = "args" if image is None else "command"  # the API's names
     request: Document = {**target, key: list(command)}
     if timeout_seconds is not None:
         if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
@@ -494,12 +496,12 @@ def _path_segment(run_id: str) -> str:
 
 # ---- Settings: from arguments, given variables and files, not from os.environ or the network ---
 
-
 _URL_VARIABLES = ("BUS_AI_API_URL", "BUS_API_BASE_URL")
 _TOKEN_VARIABLES = ("BUS_AI_TOKEN", "BUS_API_TOKEN")
 # The config directory below the value of each variable; the first variable that is set counts.
 _CONFIG_DIRECTORIES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": ".config/bus"}
 _BLANKS = " \t\r\n\v\f"  # around a token, of which they are no part
+_QUOTES = "\"'"  # around it they are a mistake, and an answer may quote it without
 _JWT_START = "eyJ"  # the base64 of `{"`, with which the header of every JWT begins
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
@@ -577,10 +579,9 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
         # Before the file is opened: an error of that would print the path, which may be the token.
         if _looks_like_token(path):
             text = "no token: the value of `path` looks like a token, not a path"
-            if _JWT_START in path:
-                raise ConfigError(text, _TOKEN_ADVICE)
-            # It may be a long name of a file that is yet to be written.
-            raise _MissingTokenError(text, _TOKEN_ADVICE)
+            # Without that start it may be a long name of a file that is yet to be written.
+            error_class = ConfigError if _JWT_START in path else _MissingTokenError
+            raise error_class(text, _TOKEN_ADVICE)
         return _read_token(path)
     for name in _TOKEN_VARIABLES:
         if environ.get(name):
@@ -611,8 +612,7 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
         raise ConfigError(f"the token in {name} is larger than 64 KiB")
     if path != "-" and not data.strip():
         raise _MissingTokenError(f"no token: {name} is empty", _TOKEN_ADVICE)
-    # latin-1 decodes anything: what is wrong with the bytes is found by the check.
-    return _checked_token(data.decode("latin-1"), name), name
+    return _checked_token(data.decode("latin-1"), name), name  # latin-1 decodes anything
 
 
 def _looks_like_token(path: str) -> bool:
@@ -744,8 +744,7 @@ def _parse_address(host: str) -> Any:
             address = ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, 0x7f000001
         except (OSError, ValueError):
             return None
-    # ::ffff:10.0.0.1 reaches the same host as 10.0.0.1.
-    return getattr(address, "ipv4_mapped", None) or address
+    return getattr(address, "ipv4_mapped", None) or address  # ::ffff:10.0.0.1 is 10.0.0.1
 
 
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
@@ -797,7 +796,7 @@ def parse_duration(text: str) -> float:
 def _token_facts(token: str, scope: str) -> list[str]:
     """Return what limits a token, by its quotes and claims. Nothing is verified: a hint only."""
     facts = []
-    if token[0] in "'\"" and token[0] == token[-1]:
+    if token[0] in _QUOTES and token[0] == token[-1]:
         facts.append("is in quotes, as `docker --env-file` keeps them: leave them out")
     claims = _token_claims(token)
     if claims is None:
@@ -839,7 +838,6 @@ def _claimed_words(claims: Document, name: str) -> list[str]:
 
 
 # ---- Transport: the one place that talks to the network ----------------------------------------
-
 
 class _Observer:
     """What an exchange calls on its way, always in the caller's thread. This one does nothing."""
@@ -884,6 +882,7 @@ class _Exchange:
     ) -> None:
         if sys.is_finalizing():  # in a `__del__`, where imports fail, as sys.modules is emptied
             sys.modules.update(client._modules)
+        import base64
         import json
         import urllib.parse
         self.method = method
@@ -902,18 +901,22 @@ class _Exchange:
         # One deadline for all: the limit of a socket would start anew with each byte.
         self.deadline = time.monotonic() + self.timeout
         self.retries = client._retries
-        self.was_lost = False  # whether a connection was lost after a request had been sent
-        self.secrets = [self.token]
+        self.was_lost = False  # whether a connection was lost when the API may have done its part
+        self.secrets = [self.token, self.token.strip(_QUOTES)]
         self.peer, self.proxy_name, self.proxy_login = self.url, "", ""
         proxy = resolve_proxy(client.api_url, self.environ)
         if proxy:
             self.peer = urllib.parse.urlsplit(proxy)
             self.proxy_name = f"the proxy {_redacted_url(proxy)}"
-            self.proxy_login = _basic_login(self.peer.netloc)
-            password = self.peer.password or self.peer.username or ""
+            login, at, _ = self.peer.netloc.rpartition("@")
+            if at:
+                octets = urllib.parse.unquote_to_bytes(login if ":" in login else f"{login}:")
+                self.proxy_login = base64.b64encode(octets).decode()
+                self.secrets.append(self.proxy_login)
             unquote = urllib.parse.unquote
-            self.secrets += [self.proxy_login, password, unquote(password)]
-            self.secrets += [unquote(password, "latin-1")]  # as http.client decodes a head
+            for secret in (login, self.peer.password or self.peer.username or ""):
+                self.secrets += [secret, unquote(secret)]
+                self.secrets.append(unquote(secret, "latin-1"))  # as http.client decodes a head
         self.run_state = "not_sent"  # that of the latest attempt
 
     def fetch(self, shape: Any = dict) -> Document:
@@ -923,26 +926,20 @@ class _Exchange:
             start = time.monotonic()
             pause_seconds = _RETRY_PAUSE_SECONDS * 2**retries
             try:
-                return self._try_once(shape)
+                attempt = _Attempt(self)  # what is known of a try is that try's own
+                document: Document = _usable_document(self, attempt.perform(), shape)
+                if self.method == "POST":
+                    self.observer.receive_run(document)
+                    if document.get("exit_code") is not None:  # else it may still be going on
+                        attempt.enter_state("finished")
+                return document
             except BusContainersError as error:
-                if self.run_state != "not_sent" and isinstance(error, TransportError):
-                    self.was_lost = True
                 is_late = self.timeout and time.monotonic() + pause_seconds >= self.deadline
                 if retries == self.retries or is_late or not self._may_retry(error, start):
                     raise
                 self.observer.explain(f"{error.reason}; trying again in {pause_seconds} s")
             _pause(pause_seconds, self.next_wait_seconds)
             retries += 1
-
-    def _try_once(self, shape: Any) -> Document:
-        attempt = _Attempt(self)  # what is known of a try is that try's own
-        document: Document = _usable_document(self, attempt.perform(), shape)
-        if self.method == "POST":
-            self.observer.receive_run(document)
-            # Without an exit code, as in a 202, the run may still be going on.
-            if document.get("exit_code") is not None:
-                attempt.enter_state("finished")
-        return document
 
     def _may_retry(self, error: BusContainersError, start: float) -> bool:
         if self.run_state == "not_sent":
@@ -971,7 +968,7 @@ class _Exchange:
 
     def quote(self, text: str) -> str:
         """Return text from outside for a message, without a secret that was sent back in it."""
-        return _shown(_redacted(text, self.secrets))
+        return _shown(text, self.secrets)
 
 
 def _pause(seconds: float, check: Callable[[], object]) -> None:
@@ -981,18 +978,6 @@ def _pause(seconds: float, check: Callable[[], object]) -> None:
         check()
         time.sleep(min(seconds, _TICK_SECONDS))
         seconds = end - time.monotonic()
-
-
-def _basic_login(netloc: str) -> str:
-    """Return the base64 of the login in a netloc, percent-decoded to bytes."""
-    import base64
-    import urllib.parse
-    login, at, _ = netloc.rpartition("@")
-    if not at:
-        return ""
-    if ":" not in login:
-        login += ":"
-    return base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
 
 
 def _redacted(text: str, secrets: Iterable[str]) -> str:
@@ -1036,12 +1021,11 @@ _SOCKET_OPTIONS = [
 
 
 class _Attempt(io.RawIOBase):
-    """One connection, with what it knows of a run.
+    """One connection, with what it knows of a run."""
 
-    It is also the socket and the raw stream of http.client, which calls all from `sendall` on.
-    All but the look-up of a name happens in the caller's thread. So there is nobody who could
-    still send something after the caller has given up, by a deadline or by any number of signals.
-    """
+    # It is also the socket and the raw stream of http.client, which calls all from `sendall` on.
+    # All but the look-up of a name happens in the caller's thread. So there is nobody who could
+    # still send something after the caller has given up, by a deadline or by any number of signals.
 
     def __init__(self, exchange: _Exchange) -> None:
         self.exchange = exchange
@@ -1051,6 +1035,7 @@ class _Attempt(io.RawIOBase):
         self.received_bytes = 0  # of an answer
         self.max_bytes = _MAX_ANSWER_BYTES
         self.is_tunnelled = False  # by a proxy, which has done its work then
+        self.may_be_done = False  # what the request asks for
         self.enter_state("not_sent")
 
     def enter_state(self, run_state: str) -> None:
@@ -1060,15 +1045,20 @@ class _Attempt(io.RawIOBase):
     def perform(self) -> _Answer:
         """Connect, send the request and return the answer. Raises BusContainersError."""
         import http.client
+        import urllib.error
         try:
             try:
                 self._connect()
                 return self._converse()
+            except urllib.error.URLError as error:  # which wraps what fails while it sends
+                failure: Any = error.reason
             except (OSError, http.client.HTTPException, MemoryError) as error:
                 failure = error
             # Outside the handler: `from None` would keep http.client's error as the context of
             # ours, and its text may hold the token.
-            raise _error_of_failure(self, failure)
+            if not _is_of_handler(failure):
+                failure = _error_of_failure(self, failure)
+            raise failure
         finally:
             try:
                 if self.sock is not None:
@@ -1203,8 +1193,10 @@ class _Attempt(io.RawIOBase):
         for places in ((cafile, None), (None, capath)):
             try:
                 context.load_verify_locations(*places)
-            except (OSError, ValueError):
-                pass  # if that matters, the handshake fails, and _certificate_advice says why
+            except (OSError, ValueError) as error:
+                # If it matters, the handshake fails, and _certificate_advice says why.
+                if _is_of_handler(error):
+                    raise
         host = (self.exchange.url.hostname or "").rstrip(".")  # no certificate has that dot
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=host)
@@ -1212,11 +1204,9 @@ class _Attempt(io.RawIOBase):
         self.tls_version = self.tls.version() or ""  # which it forgets when it fails
 
     def _through_tls(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Repeat an operation of TLS until it ends. Send what it makes, and feed it what comes.
-
-        OpenSSL does not get the socket. It would read on, deaf to the deadline and to signals, for
-        as long as a server sends messages that it skips, such as HelloRequest or tickets.
-        """
+        """Repeat an operation of TLS until it ends. Send what it makes, and feed it what comes."""
+        # OpenSSL does not get the socket. It would read on, deaf to the deadline and to signals,
+        # for as long as a server sends messages that it skips, such as HelloRequest or tickets.
         import ssl
         while True:
             result, failure = None, None
@@ -1290,13 +1280,14 @@ class _Attempt(io.RawIOBase):
         while 102 <= response.status < 200:
             response.headers = None  # or begin() would not read the next head
             response.begin()
+        if response.status >= 300:
+            self.may_be_done = False
         if response.fp.last_line.strip(b"\r") != b"\n":  # http.client takes an end for that, too
             raise http.client.IncompleteRead(b"")
         headers = [(name, text.replace(_NOT_OF_EMAIL, "")) for name, text in response.getheaders()]
         lines = [f"{response.status} {response.reason}"]
         lines += [f"{name}: {text}" for name, text in headers]
-        exchange = self.exchange
-        exchange.observer.show_headers("<", [exchange.quote(line) for line in lines])
+        self.exchange.observer.show_headers("<", map(self.exchange.quote, lines))
         return headers
 
     def _read_body(self, response: Any) -> bytearray:
@@ -1323,13 +1314,12 @@ class _Attempt(io.RawIOBase):
 
     def _wait_for(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Repeat an operation of the socket until it ends, in waits of a tick each."""
-        import socket
         while True:
             self.sock.settimeout(self.exchange.next_wait_seconds())
             try:
                 return operation(*arguments)
-            except socket.timeout as error:
-                if error.args != ("timed out",):  # the kernel's, or a signal handler's
+            except OSError as error:
+                if error.args != ("timed out",) or _is_of_handler(error):  # or the kernel's
                     raise
 
     def sendall(self, data: bytes) -> None:
@@ -1346,6 +1336,7 @@ class _Attempt(io.RawIOBase):
                 else:
                     count = self._through_tls(self.tls.write, left)
                 left = left[count:]
+            self.may_be_done = self.run_state == "unknown"
         except ConnectionError:
             pass  # an answer, such as a 413, may have come all the same
 
@@ -1402,7 +1393,6 @@ def _start_connecting(family: int, type_: int, protocol: int, _name: str, addres
 
 # ---- Answers: an answer to a document, a failure to an error -----------------------------------
 
-
 def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
     """Return the document of an answer that can be used, or raise what is wrong with it."""
     is_empty = not answer.body
@@ -1430,8 +1420,7 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
     text = ""
     try:
         text = body.decode(errors="replace")
-        # A U+FFFD may also be what the server sent.
-        if "\ufffd" in text and text.encode() != body:
+        if "\ufffd" in text and text.encode() != body:  # the server may have sent one
             exchange.observer.warn("the answer is not all UTF-8: what is not became U+FFFD")
         body.clear()  # it may be large, and the text is as large again
         return _parse_json(text[1:] if text.startswith("\ufeff") else text), ""
@@ -1557,10 +1546,7 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
     """Return the error of what urllib, http.client, ssl or a socket raised during an attempt."""
     import http.client  # loaded before; for `ssl` there may be no memory, or it is missing
-    import urllib.error
     exchange = attempt.exchange
-    if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, OSError):
-        failure = failure.reason  # urllib wraps what fails while it sends
     if _is_late_refusal(attempt, failure):
         attempt.enter_state("not_sent")  # on which the branches below depend
     reason = exchange.quote(_reason_of(failure))
@@ -1577,6 +1563,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if is_lost:
         if not isinstance(failure, OSError):
             reason = "the answer was cut short"
+        exchange.was_lost |= attempt.may_be_done
         text = f"the connection was lost: {reason}"
         return exchange.error(TransportError, text, advice, retryable=True)
     if reason.lstrip().startswith("<"):
@@ -1628,11 +1615,9 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
 
 
 def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
-    """Return whether a server refused a missing client certificate, and so read no request.
-
-    A server of TLS 1.3 does so when the request is already on its way. A byte of an answer or a
-    session ticket would show that it had accepted the handshake.
-    """
+    """Return whether a server refused a missing client certificate, and so read no request."""
+    # A server of TLS 1.3 does so when the request is already on its way. A byte of an answer or a
+    # session ticket would show that it had accepted the handshake.
     is_refusal = getattr(failure, "reason", "") == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     if not is_refusal or attempt.tls_version != "TLSv1.3" or attempt.received_bytes:
         return False
@@ -1680,7 +1665,6 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
 
 
 # ---- Formats: a document in, pieces of text out ------------------------------------------------
-
 
 # Columns that the API names otherwise, or in more than one way: the keys to look at, in this order.
 _ALIASES = {
@@ -1758,8 +1742,7 @@ def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[s
             cells = [_visible(cell) for cell in cells]
         if column == "command":
             cells = [cell[:_MAX_CELL] for cell in cells]
-        # Providers may lack these two.
-        if any(cells) or column not in ("started_at", "command"):
+        if any(cells) or column not in ("started_at", "command"):  # which providers may lack
             table.append([column.upper().replace("_", " "), *cells])
     # A cell of 100 KB would otherwise pad each of the others to its length.
     forms = []
@@ -1795,7 +1778,6 @@ _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
 
 
 # ---- The command line as tables: help, parser and OpenCLI document are made of them -------------
-
 
 class _Command:
     """A row of the table of commands."""
@@ -2054,13 +2036,10 @@ def _opencli_command(command: str, row: _Command) -> Document:
 
 # ---- Scanner and parser: argv to a command, its options and its words ---------------------------
 
-
 def _scan(argv: Sequence[str]) -> tuple[str | None, _Options, list[str]]:
-    """Sort a command line into the command, its options by their long names, and other words.
-
-    argparse does not see argv, only the options that are spelled out here: it has its own way with
-    `--` and with values that start with a dash, and another one in each version.
-    """
+    """Sort a command line into the command, its options by their long names, and other words."""
+    # argparse does not see argv, only the options that are spelled out here: it has its own way
+    # with `--` and with values that start with a dash, and another one in each version.
     command = None
     options: list[tuple[str, str | None]] = []
     words: list[str] = []
@@ -2208,7 +2187,6 @@ def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") 
 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
-
 def _descriptor(stream: Any) -> int | None:
     """Return the descriptor that can be written to in a stream's place, or None."""
     # A host's own object, as that of gzip, may have one to which only that object may write.
@@ -2224,10 +2202,13 @@ def _descriptor(stream: Any) -> int | None:
 def _is_writable(descriptor: int, seconds: float) -> bool:
     try:
         import select
-        _, writable, _ = select.select([], [descriptor], [], seconds)
-        return bool(writable)
-    except (Exception, SystemExit):  # noqa: BLE001 - a select.py in the way, or no memory
-        return True  # nobody knows: Windows selects sockets only
+        poll = select.poll()  # select.select knows no descriptor over 1023
+        poll.register(descriptor, select.POLLOUT)
+        return bool(poll.poll(seconds * 1000))
+    except (Exception, SystemExit) as error:  # a select.py in the way, or no memory
+        if _is_of_handler(error):
+            raise
+        return True  # nobody knows, as on Windows
 
 
 def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
@@ -2241,20 +2222,53 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
                     left = left[os.write(descriptor, left) :]
                 except BlockingIOError:  # another process has made it non-blocking
                     _is_writable(descriptor, _TICK_SECONDS)
+                    time.sleep(_NO_ROOM_SECONDS)
+
+
+def _write_in_time(stream: Any, text: str, seconds: float) -> bool:
+    """Write a message, for each part of which its reader has some time; return False if late."""
+    descriptor = own = _descriptor(stream)
+    if descriptor is None or own is None:
+        _write_stream(stream, [text])
+        return True
+    if os.isatty(descriptor):
+        # write(2) to a terminal that is almost full waits, and yet it counts as writable. Opened
+        # anew, as the flag of this descriptor is that of all processes that have it.
+        try:
+            own = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except (AttributeError, OSError):
+            pass  # Windows, or the terminal of another user
+    with open(own, "wb", buffering=0, closefd=own != descriptor) as file:
+        left = memoryview(text.encode("utf-8", "backslashreplace"))
+        end = time.monotonic() + seconds
+        while left:
+            if not _is_writable(own, seconds):
+                return False
+            stream.flush()  # of what others wrote
+            count = file.write(left[:512])  # as POSIX has it of pipes; None where it would wait
+            if count:
+                left = left[count:]
+                end = time.monotonic() + seconds
+            elif time.monotonic() < end:
+                time.sleep(_NO_ROOM_SECONDS)
+            else:
+                return False
+    return True
 
 
 def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
-    # What others wrote is still in the stream's buffer, and comes first.
-    stream.flush()
+    stream.flush()  # of what others wrote, which comes first
     descriptor = _descriptor(stream)
     if descriptor is not None:
         _write_all(descriptor, pieces)
         return
     for piece in pieces:
+        piece = piece.encode("utf-8", "backslashreplace").decode()
         try:
-            stream.write(piece.encode("utf-8", "backslashreplace").decode())
-        except UnicodeEncodeError as error:  # rather than lose what its encoding lacks
-            stream.write(piece.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            stream.write(piece)
+        except UnicodeEncodeError:  # rather than lose what its encoding lacks
+            import json
+            stream.write("".join(c if c.isascii() else json.dumps(c)[1:-1] for c in piece))
     stream.flush()
 
 
@@ -2328,7 +2342,6 @@ class _Reporter(_Observer):
         self.is_tracing = "--trace" in given or options.count(("--verbose", None)) > 1
         self.is_verbose = self.is_tracing or "--verbose" in given
         try:
-            # A dumb terminal can neither erase a line nor show a colour.
             self.is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         except (AttributeError, ValueError):  # there is none, or it is closed
             self.is_terminal = False
@@ -2337,10 +2350,11 @@ class _Reporter(_Observer):
         self.is_coloured = colour == "always" or (colour == "auto" and is_wanted)
         self.process = process
         self.url_source = "--api-url"
-        # An error may quote a token from a wrong place. Its variable may hold it in quotes.
-        self.secrets = [os.environ.get(key, "").strip(f"{_BLANKS}\"'") for key in _TOKEN_VARIABLES]
+        # An error may quote a token from a wrong place. A variable may hold `Bearer "TOKEN"`.
+        words = " ".join(os.environ.get(name, "") for name in _TOKEN_VARIABLES).split()
+        self.secrets = [word.strip(_QUOTES) for word in words]
         self.run_state = "not_sent"
-        self.outcome = ""  # of a run, which whatever fails after it has to tell
+        self.outcome = ""  # what is done, which whatever fails after it has to tell
         self.has_failed = False
         # The documents of `delete`, kept here so that they are printed after an interrupt, too.
         self.deleted: list[Document] = []
@@ -2350,8 +2364,7 @@ class _Reporter(_Observer):
         self.show_progress("")
 
     def tick(self) -> None:
-        # Python dropped it if the handler ran in a destructor or a weakref's callback.
-        if self.process.signal_number:
+        if self.process.signal_number:  # Python drops what is raised in a destructor, say
             raise _Interrupted(128 + self.process.signal_number)
         seconds = int(time.monotonic() - self.progress_start)
         if not self.progress or seconds < self.next_seconds:
@@ -2378,13 +2391,13 @@ class _Reporter(_Observer):
 
     def receive_run(self, document: Document) -> None:
         import json
-        run_id = _shown(_cell(document, "run_id"))
-        code = document.get("exit_code")
+        run_id = _shown(_cell(document, "run_id"), self.secrets)
+        code = json.dumps(document.get("exit_code"))
         self.outcome = f"run {run_id}" if run_id else "the run"
-        if code is None:
+        if code == "null":
             self.outcome += " has no exit code"
         else:
-            self.outcome += f" ended with exit code {_shown(json.dumps(code))}"
+            self.outcome += f" ended with exit code {_shown(code, self.secrets)}"
 
     def warn(self, text: str) -> None:
         if not self.is_quiet:
@@ -2426,8 +2439,7 @@ class _Reporter(_Observer):
         if self.outcome:
             error.reason += f"; {self.outcome}"
         if command == "run":
-            # First, as the error's text depends on it.
-            error.run_state = error.run_state or self.run_state
+            error.run_state = error.run_state or self.run_state  # on which its text depends
             fields = {"run_state": error.run_state}
         document = {**error.as_document(), **fields}
         self._print(error.kind, str(error), document)
@@ -2457,6 +2469,9 @@ class _Reporter(_Observer):
         # Some callbacks of Python wrap what a signal's handler raises in another exception.
         if self.process.signal_number:
             return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
+        if _is_of_handler(fault):
+            self.show_progress("")
+            raise fault  # a host program's sys.exit, say
         trace = fault.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code
@@ -2478,7 +2493,7 @@ class _Reporter(_Observer):
             pass
         fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
         text = self.outcome
-        duration = _shown(_cell(document, "duration_ms"))
+        duration = _shown(_cell(document, "duration_ms"), self.secrets)
         if duration:
             text += f" after {duration} ms"
         self._print("run", text, fields)
@@ -2506,41 +2521,29 @@ class _Reporter(_Observer):
         return "\r\033[K" if self.drawn else ""
 
     def _write(self, text: str, wait_seconds: float) -> None:
-        """Write to standard error, or give up: a result must not wait for one that nobody reads.
-
-        After a message that was not taken in time, the next ones do not wait. A signal is seen
-        after a message, not amid it.
-        """
+        """Write to standard error, or give up: a result must not wait for one that nobody reads."""
+        # After a message that was not taken in time, the next ones do not wait. A signal is seen
+        # after a message, not amid it.
         self.process.is_writing = True
         try:
-            descriptor = _descriptor(sys.stderr)
-            if descriptor is None:
-                _write_stream(sys.stderr, [text])
-                return
-            # POSIX: a writable pipe takes 512 bytes at once, so 128 characters of up to 4 bytes.
-            for start in range(0, len(text), 128):
-                if not _is_writable(descriptor, wait_seconds):
-                    if wait_seconds:
-                        self.patience_seconds = 0
-                    return
-                if start == 0:
-                    sys.stderr.flush()  # of what others wrote
-                _write_all(descriptor, [text[start : start + 128]])
-            self.patience_seconds = _PATIENCE_SECONDS
-        except Exception:  # noqa: BLE001, S110 - there is none, it is closed, or a host's own
-            pass
+            if _write_in_time(sys.stderr, text, wait_seconds):
+                self.patience_seconds = _PATIENCE_SECONDS
+            elif wait_seconds:
+                self.patience_seconds = 0
+        except Exception as error:  # there is none, it is closed, or a host's own
+            if _is_of_handler(error):
+                raise
         finally:
             self.process.is_writing = False
 
 
 class _Result:
-    """Where the result goes, standard output or a file; proved to be open before the request.
+    """Where the result goes, standard output or a file; proved to be open before the request."""
 
-    For a file, the result is written to a new one in the same folder, which is then renamed to its
-    path. So the path holds its old content or one whole result at any moment. Where that is
-    impossible (a device, a FIFO, a hard link, a file of another owner, a folder that cannot be
-    written to, a mounted file), the file is overwritten, as with a shell's `>`.
-    """
+    # For a file, the result is written to a new one in the same folder, which is then renamed to
+    # its path. So the path holds its old content or one whole result at any moment. Where that is
+    # impossible (a device, a FIFO, a hard link, a file of another owner, a folder that cannot be
+    # written to, a mounted file), the file is overwritten, as with a shell's `>`.
 
     def __init__(self, path: str | None) -> None:
         self._path = None if path == "-" else path
@@ -2670,8 +2673,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             new = os.fstat(descriptor)
             if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
                 return False
-            # Some file systems have one mode for all files, and refuse to change it.
-            if old and old.st_mode != new.st_mode:
+            if old and old.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(old.st_mode))
             _write_all(descriptor, make_pieces())
         try:
@@ -2687,7 +2689,6 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
 
 # ---- Commands: each from its options to a document ----------------------------------------------
 
-
 def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     """Return the client that options and environment ask for, and explain where they are from."""
     import urllib.parse
@@ -2701,7 +2702,7 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
         via = f"{_redacted_url(proxy)} from {proxy_source}"
     report.explain(f"API URL {url} from {source}; proxy {via}")
     token, token_source = resolve_token(args.token_file, os.environ)
-    report.secrets.append(token)
+    report.secrets.append(token.strip(_QUOTES))
     if report.is_verbose:
         facts = _token_facts(token, _SCOPES[_COMMANDS[args.command].method])
         report.explain(f"token from {token_source}: {'; '.join(facts) or 'it does not expire'}")
@@ -2797,6 +2798,9 @@ def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
             report.deleted.append(client.delete(run_id))
         except (TransportError, ProtocolError, ApiError) as error:
             report.error(error, args.command)
+    if report.deleted:
+        ids = [_shown(document["run_id"], report.secrets) for document in report.deleted]
+        report.outcome = f"deleted: {' '.join(ids)}"
     return report.deleted
 
 
@@ -2812,7 +2816,6 @@ def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
 
 
 # ---- From arguments to the exit code ------------------------------------------------------------
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own, and return its exit code."""
@@ -2842,8 +2845,7 @@ def _main(argv: Sequence[str] | None, process: _Process, *, is_own: bool) -> int
         except BusContainersError as error:
             report.error(error, command)
             return 2 if isinstance(error, _UsageError) else process.failure_code
-        # SystemExit is that of a script which is in the way of a module.
-        except (Exception, SystemExit) as fault:  # noqa: BLE001 - told in a line, like any other
+        except (Exception, SystemExit) as fault:  # noqa: BLE001 - or a script in the way exits
             return report.fault(fault, command)
     except KeyboardInterrupt as interrupt:  # which may come just before an error is told
         return report.interrupt(interrupt, command)
@@ -2875,10 +2877,8 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
     functions = {"status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help}
     try:
         try:
-            try:
-                document = functions[args.command](args, report)
-            finally:
-                report.show_progress("")
+            document = functions[args.command](args, report)
+            report.show_progress("")
             report.tick()  # for a signal that came amid a message
         except KeyboardInterrupt:
             if report.deleted:

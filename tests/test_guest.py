@@ -8,6 +8,7 @@ import http.client
 import importlib.util
 import inspect
 import io
+import json
 import os
 import socket
 import sys
@@ -308,11 +309,20 @@ def test_what_the_host_printed_before_comes_first(cli: InProcess, api: Api, fold
 def test_streams_that_lack_a_letter(cli: InProcess, api: Api) -> None:
     """Promise 3.17: it is escaped, and the rest is not lost."""
     api.answers({**DOCUMENTS["run"], "stdout": "caf\u00e9", "stderr": "th\u00e9 boom"})
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
-    assert cli("-f", "text", *RUN, at=api, stdout=out, stderr=err).code == 0
-    said = [stream.detach().getvalue() for stream in (out, err)]
-    assert said[0] == b"caf\\xe9"
-    assert said[1].startswith(b"th\\xe9 boom\n")
+    for encoding in ("ascii", "koi8-r"):  # the error for the latter names no encoding of Python's
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+        assert cli("-f", "text", *RUN, at=api, stdout=out, stderr=err).code == 0
+        said = [stream.detach().getvalue() for stream in (out, err)]
+        assert said[0] == b"caf\\u00e9"
+        assert said[1].startswith(b"th\\u00e9 boom\n")
+
+
+def test_json_for_a_stream_that_lacks_a_letter(cli: InProcess, api: Api) -> None:
+    """Promise 3.17: it is escaped as JSON has it."""
+    document = {**DOCUMENTS["run"], "stdout": "\u00e9 \U0001f600"}
+    out = io.TextIOWrapper(io.BytesIO(), encoding="shift_jis")
+    assert cli(*RUN, at=api.answers(document), stdout=out).code == 0
+    assert json.loads(out.detach().getvalue()) == document
 
 
 def test_a_stream_that_compresses(cli: InProcess, api: Api, folder: Path) -> None:

@@ -559,6 +559,7 @@ MAY_CATCH: set[tuple[str, str]] = {
     ("_Attempt._look_up", "RuntimeError"),  # no thread can be started
     ("_Attempt._connect", "AttributeError"),  # a socket option that a system does not have
     ("_is_writable", "Exception"),  # a select.py in the way must not hide an error
+    ("_write_in_time", "AttributeError"),  # flags that Windows does not have
     ("_Reporter.__init__", "AttributeError"),
     ("_Reporter.tick", "AttributeError"),
     ("_Reporter.run_ended", "Exception"),  # a host's stream may raise anything

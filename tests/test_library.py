@@ -14,6 +14,7 @@ import threading
 import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,21 @@ from bus_containers import (
     ProtocolError,
     TransportError,
 )
-from hostile import Api, Hostile, Script, answer, html, message, refused_port, reset, silent
+from hostile import (
+    Api,
+    Connection,
+    Hostile,
+    Script,
+    answer,
+    html,
+    message,
+    refused_port,
+    reset,
+    silent,
+    steps,
+)
 from local_platform import PROFILE_IMAGES, Platform
-from support import BODIES, CANARY, LIMIT, Program, Result, second_tier
+from support import BODIES, CANARY, LIMIT, InProcess, Program, Result, second_tier
 
 Serve = Callable[..., Hostile]
 OPTION = re.compile("--(?!scope)")  # which is an option of `bus auth token`
@@ -315,22 +328,43 @@ def test_timeouts(serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch)
             slow.run(["true"], **keywords)
 
 
-def test_an_exception_of_a_host_s_handler_ends_a_call(serve: Serve) -> None:
-    """The usual idiom for a limit of one's own; it must not be taken for a wait that is over."""
+@contextmanager
+def handler(error: BaseException) -> Iterator[None]:
+    """A signal's handler of a host program raises this, which has to come out as it is."""
 
     def expire(*_: object) -> None:
-        raise TimeoutError("enough")
+        raise error
 
-    client = Client(serve(silent()).url, CANARY)
     before = signal.signal(signal.SIGALRM, expire)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
-        with pytest.raises(TransportError, match="the connection was lost: enough") as caught:
-            client.run(["true"], timeout=LIMIT)
+        with pytest.raises(type(error)) as caught:
+            yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert caught.value.run_state == "unknown"
+    assert caught.value is error
+
+
+def alarm(_: Connection) -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
+
+@pytest.mark.parametrize("text", ["enough", "timed out"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve: Serve) -> None:
+    """Promise 4.9: before a request is sent (amid TLS) or after. The usual idiom for a limit."""
+    arrival = {"http": Connection.read_request, "https": Connection.await_data}[scheme]
+    server = serve(steps(arrival, alarm, Connection.hold), answer(BODIES["run"]))
+    client = Client(server.url.replace("http", scheme, 1), CANARY)
+    with handler(TimeoutError(text)):
+        client.run(["true"], timeout=LIMIT)
+    assert server.methods() == ["POST"] * (scheme == "http")
+
+
+def test_an_exit_by_a_host_s_handler_ends_main(cli: InProcess, serve: Serve) -> None:
+    """Promise 4.9: it is not told as a fault of this program."""
+    server = serve(steps(Connection.read_request, alarm, Connection.hold))
+    with handler(SystemExit(3)):
+        cli("run", "true", at=server)
 
 
 @pytest.mark.parametrize("threads", [8, pytest.param(32, marks=second_tier)])

@@ -205,13 +205,29 @@ def test_a_run_that_is_called_as_the_token(
         assert says in result.message
 
 
+def test_a_token_where_a_long_text_is_cut(cli: InProcess, api: Api) -> None:
+    run_id = "x" * (bus_containers._MAX_QUOTED - 5) + CANARY
+    result = cli("-f", "text", *RUN, at=api.answers({"run_id": run_id, "exit_code": 0}))
+    assert "x[reda..." in result.message
+    assert CANARY[:10] not in result.message
+
+
+def test_a_token_in_quotes_that_is_sent_back_without(
+    cli: InProcess, api: Api, folder: Path
+) -> None:
+    api.answers({"error": f"no {CANARY}, sorry"}, status="403 Forbidden")
+    (folder / "token").write_text(f"'{CANARY}'")
+    result = cli("--token-file", "token", "status", at=api)
+    assert "403 Forbidden: no [redacted], sorry" in check_failure(result, 1)
+
+
 def test_the_token_as_a_word_of_the_command_line(cli: InProcess, api: Api) -> None:
     """No option takes a token; what a hurried user types may not come back in a log."""
     for args in (("--token", CANARY, "status"), (f"--token={CANARY}", "status")):
         check_failure(cli(*args, at=api), 2, "--token-file")
     assert api.requests == []
     for args in (("status", CANARY), ("--api-url", CANARY, "runs"), ("-f", CANARY, "runs")):
-        for value in (CANARY, f'"{CANARY}"', f"{CANARY}\r", f"\t{CANARY}\f\n"):
+        for value in (CANARY, f'"{CANARY}"', f"Bearer {CANARY}", f"{CANARY}\r", f"\t{CANARY}\f\n"):
             told = check_failure(cli(*args, env={"BUS_API_TOKEN": value}), 2)
             assert "[redacted]" in told
     api.answers({"error": {"type": "not_found"}}, status="404 Not Found")
@@ -321,6 +337,16 @@ def test_a_proxy_that_sends_its_login_back(scheme: str, login: str, cli: InProce
         with pytest.raises(bus_containers.BusContainersError) as caught:
             bus_containers.Client.from_env(environ).run(["true"])
     check_no_password(everything_said_by(caught.value))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_login_with_a_short_password_that_is_sent_back(scheme: str, cli: InProcess) -> None:
+    """Such a password alone may be a part of any word, but the login as a whole is not."""
+    with Hostile(answer(b"{}", "407 no agent:pw~12 here")) as proxy:
+        url = proxy.url.replace("//", "//agent:pw%7E12@")
+        env: Env = {"BUS_AI_TOKEN": CANARY, "HTTP_PROXY": url, "HTTPS_PROXY": url}
+        result = cli("--api-url", f"{scheme}://platform.test", *RUN, env=env)
+    assert "407 no [redacted] here" in result.message
 
 
 # --- where others can read the token on its way -----------------------------------------------

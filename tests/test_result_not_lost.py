@@ -144,6 +144,8 @@ def check_saved(
     told = f"cannot write to {path}: {os.strerror(reason)}; the result is on standard output"
     if code == 125:
         told += f"; run run-1 ended with exit code {document['exit_code']}"
+    if "deleted" in document:
+        told += "; deleted: run-1"
     assert result.message == f"bus-containers: {told}\n"
 
 

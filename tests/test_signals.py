@@ -404,6 +404,14 @@ def test_a_signal_after_the_last_deletion(program: Program, api: Api) -> None:
     assert json.loads(result.out)["run_id"] == "a"
 
 
+def test_a_signal_amid_the_list_of_deletions(program: Program, api: Api) -> None:
+    """Promise 6.14: it is cut, so the message has it."""
+    amid = hit_at(program, "call", "_write_all", "pieces")
+    result = amid("delete", "a", "b", at=api)
+    assert (result.code, result.out) == (-signal.SIGTERM, b"")
+    assert result.message == "bus-containers: terminated; deleted: a b\n"
+
+
 def test_a_signal_amid_an_error_takes_no_message_away(program: Program) -> None:
     """Promise 6.10."""
     amid = hit_at(program, "return", "as_document")

@@ -11,13 +11,14 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -327,14 +328,35 @@ def late(seconds: float, data: bytes) -> Script:
 
 
 HEADERS = [f"X-{number}: {'y' * 60_000}" for number in range(80)]
-# Whether standard error is a terminal, what is asked and answered, and the exit code. Answers and
-# signals come when a terminal has been tried with a first line.
-STUCK: dict[str, tuple[bool, Words, Script, int]] = {
-    "result": (True, RUN, late(1.4, message(DOCUMENT)), 0),
-    "signal": (True, RUN, silent(), -signal.SIGTERM),
-    "headers": (False, ("--trace", *RUN), answer(DOCUMENT, "200 OK", *HEADERS), 0),
-    "deadline": (False, ("--trace", "--timeout", "1s", *RUN), silent(), 125),
+# What standard error is, what is asked and answered, and the exit code. Answers and signals come
+# when a terminal has been tried with a first line.
+STUCK: dict[str, tuple[str, Words, Script, int]] = {
+    "result": ("terminal", RUN, late(1.4, message(DOCUMENT)), 0),
+    "signal": ("terminal", RUN, silent(), -signal.SIGTERM),
+    "headers": ("pipe", ("--trace", *RUN), answer(DOCUMENT, "200 OK", *HEADERS), 0),
+    "deadline": ("pipe", ("--trace", "--timeout", "1s", *RUN), silent(), 125),
+    "little-room": ("almost full", ("-v", *RUN), answer(DOCUMENT), 0),
+    "little-room-and-deadline": ("almost full", ("--timeout", "1s", *RUN), silent(), 125),
 }
+
+
+def fill_almost(stack: ExitStack) -> int:
+    """A terminal in its usual mode with room for a part of a message: select calls it writable."""
+    ends = []
+    for _ in range(2):
+        controller, end = os.openpty()
+        stack.callback(os.close, controller)
+        stack.callback(os.close, end)
+        ends.append(end)
+    os.set_blocking(ends[0], False)
+    room = 0
+    with suppress(BlockingIOError):
+        while True:
+            room += os.write(ends[0], b"x")
+    for _ in range(room - 20):  # one by one here too, as its buffers are of some bytes each
+        os.write(ends[1], b"x")
+    assert select.select([], [ends[1]], [], 0)[1]
+    return ends[1]
 
 
 @scene
@@ -342,16 +364,19 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
     """Promise 6.9: neither a result, nor the deadline, nor a signal."""
 
     def check(name: str) -> None:
-        is_terminal, args, script, code = STUCK[name]
+        kind, args, script, code = STUCK[name]
         with ExitStack() as stack:
             server = stack.enter_context(Hostile(script))
-            if is_terminal:
+            if kind == "almost full":
+                err = fill_almost(stack)
+            elif kind == "terminal":
                 err = stack.enter_context(Terminal()).end
             else:
                 reader, err = os.pipe()
                 stack.callback(os.close, reader)
                 stack.callback(os.close, err)
-            fill(err)
+            if kind != "almost full":
+                fill(err)
             process = stack.enter_context(program.start(*args, at=server, env=XTERM, stderr=err))
             stack.callback(process.kill)
             if code == -signal.SIGTERM:
