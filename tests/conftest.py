@@ -113,6 +113,18 @@ def cli(home: Path, folder: Path) -> InProcess:
     return InProcess(home, folder)
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In process a request is repeated, and `--wait` looks again, after a moment.
+
+    For tests that are about what is repeated. How long the pauses are is held elsewhere.
+    """
+    import bus_containers
+
+    monkeypatch.setattr(bus_containers, "_RETRY_PAUSE_SECONDS", 0.03)
+    monkeypatch.setattr(bus_containers, "_WAIT_PAUSE_SECONDS", 0.1)
+
+
 # --- servers ----------------------------------------------------------------------------------
 
 

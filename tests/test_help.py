@@ -325,7 +325,7 @@ def test_every_option_has_code_behind_it(cli: InProcess, api: Api, folder: Path)
 
 
 def test_document_and_program_agree_which_command_takes_an_option(cli: InProcess) -> None:
-    values = {"URL": "http://127.0.0.1:9", "DURATION": "1s", "N": "1", "DIR": ".", "FILE": "x"}
+    values = {"URL": "http://127.0.0.1:9", "DURATION": "1ms", "N": "1", "DIR": ".", "FILE": "x"}
     problems = []
     rows = {name: {option.name: option for option in options_of(name)} for name in all_commands()}
     every = {option.name: option for own in rows.values() for option in own.values()}

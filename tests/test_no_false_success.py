@@ -271,6 +271,7 @@ def check_deletion(case: Deletion) -> None:
     assert server.methods() == ["DELETE"] * len(case.scripts)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_delete() -> None:
     """Promise 6.16."""
     check_each(check_deletion, DELETIONS, workers=len(DELETIONS))

@@ -138,6 +138,7 @@ def check_tries(case: Case) -> None:
         assert case.says in str(outcome)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_tries() -> None:
     """Promise 6.1, over a table: how often a request is sent, and what is then known of it."""
     check_each(check_tries, CASES, workers=len(CASES))

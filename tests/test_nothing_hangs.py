@@ -360,6 +360,7 @@ def waits(cli: InProcess, server: Api | Hostile, *options: str, **more: Any) -> 
     return result
 
 
+@pytest.mark.usefixtures("hasty")
 def test_wait_goes_on_until_the_platform_is_ready(cli: InProcess, serve: Serve) -> None:
     """Promise 6.8: it restarts, and refuses connections for a while."""
 

@@ -258,6 +258,7 @@ def test_an_interim_answer_of_a_proxy(cli: InProcess) -> None:
     check_failure(result, 125, "refused with HTTP 403 Forbidden")
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_tunnel_whose_other_end_is_lost(cli: InProcess) -> None:
     """The proxy has done its work, and is not to be checked."""
 
@@ -379,6 +380,7 @@ REFUSALS = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("hasty")
 def test_no_run_was_started_where_the_proxy_gave_no_tunnel() -> None:
     """Promise 6.4. A proxy that refused the login that it was given is not told to want one."""
 

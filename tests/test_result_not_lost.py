@@ -51,6 +51,7 @@ from support import (
     check_failure,
     failure_code,
     fill,
+    second_tier,
     skip_if,
     tiers,
     words,
@@ -524,7 +525,7 @@ int rename(const char *from, const char *to) {
 """
 
 
-@pytest.mark.parametrize("fails_at", ["close", "rename"])
+@pytest.mark.parametrize("fails_at", ["close", pytest.param("rename", marks=second_tier)])
 def test_a_quota_that_is_exceeded(
     fails_at: str, program: Program, api: Api, serve: Serve, folder: Path, tmp_path: Path
 ) -> None:

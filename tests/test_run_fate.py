@@ -159,6 +159,7 @@ def check_broken(case: Broken) -> None:
         assert server.methods() == [method] * (1 if args else case.tries)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_broken_answer() -> None:
     """To a run, which is never sent again, and to a status."""
     check_each(check_broken, BROKEN, workers=20)

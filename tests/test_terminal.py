@@ -34,6 +34,7 @@ from support import (
     as_json,
     check_each,
     fill,
+    second_tier,
     spoken,
     words,
 )
@@ -182,6 +183,7 @@ class HostScreen(io.StringIO):
         return super().write(text)
 
 
+@second_tier
 def test_a_terminal_of_unknown_width_has_eighty_columns(cli: InProcess) -> None:
     screen = HostScreen()
     with Hostile(held(screen.has_line, message(DOCUMENT))) as server:

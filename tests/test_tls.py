@@ -265,6 +265,7 @@ def close_amid_handshake(connection: Connection) -> None:
     connection.sock.recv(65536)
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("script", [speak_plainly, close_amid_handshake])
 def test_a_broken_handshake_never_sent_the_run(script: Script, cli: InProcess) -> None:
     """Promise 6.4. A gateway whose backend is not up may end a connection: retryable."""
