@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import pickle
 import re
 import signal
@@ -32,6 +33,7 @@ from bus_containers import (
 )
 from hostile import (
     Api,
+    Certificates,
     Connection,
     Hostile,
     Script,
@@ -44,7 +46,7 @@ from hostile import (
     steps,
 )
 from local_platform import PROFILE_IMAGES, Platform
-from support import BODIES, CANARY, LIMIT, InProcess, Program, Result, second_tier
+from support import BODIES, CANARY, LIMIT, InProcess, Program, Result, fill, second_tier
 
 Serve = Callable[..., Hostile]
 OPTION = re.compile("--(?!scope)")  # which is an option of `bus auth token`
@@ -360,11 +362,47 @@ def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve:
     assert server.methods() == ["POST"] * (scheme == "http")
 
 
+@pytest.mark.parametrize(
+    "name", ["__import__", "load_verify_locations", "connect", "do_handshake", "send", "recv"]
+)
+def test_a_host_s_handler_at_any_step(
+    name: str, serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 4.9: the signal comes when a function of Python's own ends."""
+
+    def hit(_frame: object, event: str, called: Any) -> None:
+        if event in ("c_return", "c_exception") and called.__name__ == name:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    server = serve(answer(BODIES["run"]), tls=certificates.context(certificates.good))
+    with handler(TimeoutError("enough")):
+        sys.setprofile(hit)
+        Client(server.url, CANARY).run(["true"], timeout=LIMIT)
+
+
 def test_an_exit_by_a_host_s_handler_ends_main(cli: InProcess, serve: Serve) -> None:
     """Promise 4.9: it is not told as a fault of this program."""
     server = serve(steps(Connection.read_request, alarm, Connection.hold))
     with handler(SystemExit(3)):
         cli("run", "true", at=server)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), TimeoutError()], ids=["exit", "time"])
+def test_a_host_s_handler_amid_a_message_that_nobody_reads(
+    error: BaseException, cli: InProcess
+) -> None:
+    """Promise 4.9."""
+    reader, writer = os.pipe()
+    fill(writer)
+    try:
+        with handler(error):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            cli("no-command", stderr=writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.parametrize("threads", [8, pytest.param(32, marks=second_tier)])

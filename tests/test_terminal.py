@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import bus_containers
 from hostile import Api, Connection, Hostile, Script, answer, held, message, silent
 from support import (
     LIMIT,
@@ -342,23 +343,21 @@ STUCK: dict[str, tuple[str, Words, Script, int]] = {
 }
 
 
-def fill_almost(stack: ExitStack) -> int:
+def almost_full(stack: ExitStack) -> tuple[int, int]:
     """A terminal in its usual mode with room for a part of a message: select calls it writable."""
-    ends = []
-    for _ in range(2):
+    room = 0
+    for is_measured in (False, True):
         controller, end = os.openpty()
         stack.callback(os.close, controller)
         stack.callback(os.close, end)
-        ends.append(end)
-    os.set_blocking(ends[0], False)
-    room = 0
-    with suppress(BlockingIOError):
-        while True:
-            room += os.write(ends[0], b"x")
-    for _ in range(room - 20):  # one by one here too, as its buffers are of some bytes each
-        os.write(ends[1], b"x")
-    assert select.select([], [ends[1]], [], 0)[1]
-    return ends[1]
+        os.set_blocking(end, False)
+        with suppress(BlockingIOError):
+            while not is_measured or room > 20:
+                os.write(end, b"x")  # one by one, as its buffers are of some bytes each
+                room += -1 if is_measured else 1
+    os.set_blocking(end, True)
+    assert select.select([], [end], [], 0)[1]
+    return controller, end
 
 
 @scene
@@ -370,7 +369,7 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
         with ExitStack() as stack:
             server = stack.enter_context(Hostile(script))
             if kind == "almost full":
-                err = fill_almost(stack)
+                _, err = almost_full(stack)
             elif kind == "terminal":
                 err = stack.enter_context(Terminal()).end
             else:
@@ -389,6 +388,42 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
         assert (process.returncode, out) == (code, as_json(RESULT) if code == 0 else b"")
 
     check_each(check, [*STUCK], workers=len(STUCK))
+
+
+def test_a_message_waits_for_the_reader_of_an_almost_full_terminal(cli: InProcess) -> None:
+    """Promise 6.9: for a moment, so that it is whole."""
+    with ExitStack() as stack:
+        controller, end = almost_full(stack)
+        shown = bytearray()
+
+        def read() -> None:
+            while b"--help`" not in shown:
+                shown.extend(os.read(controller, 65536))
+
+        late_reader = threading.Timer(0.2, read)
+        late_reader.start()
+        cli("--no-color", "no-command", stderr=end)
+        late_reader.join(LIMIT)
+        assert shown.lstrip(b"x") == cli("no-command").err.replace(b"\n", b"\r\n")
+
+
+def test_a_message_on_a_terminal_without_a_free_descriptor(
+    cli: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be opened once more, and is written to as it is."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Terminal() as terminal, open(terminal.end, "w", closefd=False) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        try:
+            code = bus_containers.main(["--no-color", "no-command"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert code == 2
+        assert terminal.read_all() == cli("no-command").err
 
 
 # --- the same bytes with and without a terminal -----------------------------------------------
