@@ -248,8 +248,9 @@ DELETIONS = [
     *(
         Deletion(f"{status}-cut-then-404", (raw(f"HTTP/1.1 {status} X\r\nVi".encode()), GONE),
                  "HTTP 404 not_found")
-        for status in (307, 403, 404, 502)
+        for status in (300, 403, 404, 502)
     ),
+    Deletion("lost-then-404-cut-then-404", (reset(), raw(b"HTTP/1.1 404 X\r\nVi"), GONE)),
     Deletion("502-504-404", (answer(b"", "502 X"), answer(b"", "504 X"), GONE), "HTTP 404"),
     # Not about the run: a gateway has no such route, or a page for what it does not know.
     Deletion("lost-then-no-route", (reset(), NO_ROUTE), "HTTP 404 invalid_route"),

@@ -15,6 +15,7 @@ import json
 import re
 import traceback
 import urllib.parse
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,8 @@ def test_a_token_in_quotes_that_is_sent_back_without(
     (folder / "token").write_text(f"'{CANARY}'")
     result = cli("--token-file", "token", "status", at=api)
     assert "403 Forbidden: no [redacted], sorry" in check_failure(result, 1)
+    with pytest.raises(bus_containers.ApiError, match=r"no \[redacted\], sorry"):
+        bus_containers.Client(api.url, f"'{CANARY}'").status()
 
 
 def test_the_token_as_a_word_of_the_command_line(cli: InProcess, api: Api) -> None:
@@ -323,6 +326,8 @@ def test_a_proxy_that_sends_its_login_back(scheme: str, login: str, cli: InProce
         headers = (f"X-Echo: {text}", f'Proxy-Authenticate: Basic realm="{text}"')
         told = f"bad login {text} {html.escape(text)} {text.encode('ascii', 'xmlcharrefreplace')!r}"
         body = json.dumps({"error": {"type": text, "message": told}}).encode()
+        with suppress(UnicodeDecodeError):
+            body = body.replace(b"bad login", f"bad login {plain.decode()}".encode())
         connection.send(message(body, f"407 No {text}", *headers))
 
     with Hostile(script) as proxy:

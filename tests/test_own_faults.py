@@ -181,6 +181,14 @@ def test_few_descriptors(program: Program, api: Api) -> None:
     assert api.requests == []
 
 
+def test_a_python_without_the_names_of_https(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing shows before anything is sent, as one of our own errors."""
+    monkeypatch.setitem(sys.modules, "encodings.idna", None)
+    with pytest.raises(bus_containers.BusContainersError, match="idna") as caught:
+        bus_containers.Client("https://127.0.0.1:9", CANARY)
+    assert (caught.value.kind, caught.value.run_state) == ("internal", "not_sent")
+
+
 def test_a_standard_error_of_a_high_number(cli: InProcess, api: Api) -> None:
     """`select` takes descriptors below 1024 only. Promise 6.9: nobody waits for its reader."""
     number = 1500

@@ -309,6 +309,24 @@ def test_a_run_through_a_tunnel(case: str, cli: InProcess, certificates: Certifi
         check_run(result)
 
 
+@pytest.mark.usefixtures("hasty")
+def test_a_tunnel_that_is_lost_is_no_deletion(cli: InProcess, certificates: Certificates) -> None:
+    """Promise 6.16: only a request that has left may have done what a 404 tells later."""
+    context = certificates.context(certificates.good)
+    gone = answer(b'{"error":{"type":"not_found"}}', "404 Not Found")
+
+    def tunnel(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        connection.start_tls(context)
+        gone(connection)
+
+    with Hostile(raw(b"HTTP/1.1 200 Connection est"), tunnel) as proxy:
+        environ: Env = {"HTTPS_PROXY": proxy.url, "SSL_CERT_FILE": str(certificates.ca)}
+        result = cli("--api-url", "https://platform.test", "delete", "a", at=proxy, env=environ)
+    assert "HTTP 404 not_found" in check_failure(result, 1)
+
+
 # --- proxies that misbehave -------------------------------------------------------------------
 
 

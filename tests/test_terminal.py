@@ -331,6 +331,7 @@ def late(seconds: float, data: bytes) -> Script:
 
 
 HEADERS = [f"X-{number}: {'y' * 60_000}" for number in range(80)]
+LONG_ERROR = {"error": {"type": "y" * 4000, "message": "y" * 4000}}
 # What standard error is, what is asked and answered, and the exit code. Answers and signals come
 # when a terminal has been tried with a first line.
 STUCK: dict[str, tuple[str, Words, Script, int]] = {
@@ -338,6 +339,7 @@ STUCK: dict[str, tuple[str, Words, Script, int]] = {
     "signal": ("terminal", RUN, silent(), -signal.SIGTERM),
     "headers": ("pipe", ("--trace", *RUN), answer(DOCUMENT, "200 OK", *HEADERS), 0),
     "deadline": ("pipe", ("--trace", "--timeout", "1s", *RUN), silent(), 125),
+    "long-message": ("pipe", RUN, answer(json.dumps(LONG_ERROR).encode(), "403 Forbidden"), 125),
     "little-room": ("almost full", ("-v", *RUN), answer(DOCUMENT), 0),
     "little-room-and-deadline": ("almost full", ("--timeout", "1s", *RUN), silent(), 125),
 }
@@ -378,6 +380,8 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
                 stack.callback(os.close, err)
             if kind != "almost full":
                 fill(err)
+            if kind == "pipe":
+                os.read(reader, 4096)  # room for some more, and not for much
             process = stack.enter_context(program.start(*args, at=server, env=XTERM, stderr=err))
             stack.callback(process.kill)
             if code == -signal.SIGTERM:
@@ -397,7 +401,7 @@ def test_a_message_waits_for_the_reader_of_an_almost_full_terminal(cli: InProces
         shown = bytearray()
 
         def read() -> None:
-            while b"--help`" not in shown:
+            while b"\n" not in shown:
                 shown.extend(os.read(controller, 65536))
 
         late_reader = threading.Timer(0.2, read)
