@@ -19,10 +19,6 @@ the functions that `__all__` lists, and these errors:
     +-- ProtocolError           an answer that cannot be used
     +-- ApiError                the API, or what stands in front of it, refused
 
-Exit codes: 0 success; 2 usage error, nothing sent; 130 interrupted; 143 terminated; any other
-failure is 125 for `run` and 1 for the other commands. A `run` that did not fail exits with the
-container's own code.
-
 Data goes one way: argv -> options -> settings -> client -> exchange -> attempt -> answer ->
 document -> format -> result. First come errors and client, then what serves them, then commands.
 """
@@ -112,9 +108,9 @@ def _visible(text: str) -> str:
     )
 
 
-def _shown(text: str, secrets: Iterable[str] = ()) -> str:
-    """Return text from outside for a message: without secrets, cut and escaped."""
-    text = _redacted(text, secrets)
+def _shown(text: str, secrets: Iterable[str]) -> str:
+    """Return text of a server for a message: without secrets, cut and escaped."""
+    text = _redacted(text[:_MAX_ERROR_BYTES], secrets)
     if len(text) > _MAX_QUOTED:
         text = f"{text[:_MAX_QUOTED]}..."
     return _visible(text)
@@ -131,26 +127,23 @@ def _rounded(seconds: float) -> str:
     return f"{seconds / 86_400:.0f} d"
 
 
-def _is_of_handler(error: BaseException) -> bool:
-    """Return whether a signal's handler raised an error; a host's may raise a TimeoutError, say."""
-    signal: Any = __import__("_signal")  # built in, so that no file can be in its way
-    codes = {getattr(signal.getsignal(n), "__code__", None) for n in signal.valid_signals()}
+def _let_through(error: BaseException) -> None:
+    """Raise an error again that a signal's handler raised: that of a host may be a TimeoutError."""
     trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return True
-        trace = trace.tb_next
-    return False
+    while trace is not None and trace.tb_next is not None:
+        frame, trace = trace.tb_frame, trace.tb_next
+        for value in trace.tb_frame.f_locals.values():
+            # A handler's second argument is the frame that it broke into.
+            if value is frame or (isinstance(value, tuple) and frame in value):
+                raise error
 
 
 # ---- Errors ---------------------------------------------------------------------------------
 
 class BusContainersError(Exception):
-    """Base of every error that is raised on purpose. Its text is `reason`, then `advice`.
+    """Base of every error that is raised on purpose. Its text is `reason`, then `advice`."""
 
-    A parameter in backquotes, as `timeout`, is an option's name where the command line prints it.
-    """
-
+    # A parameter in backquotes, as `timeout`, is an option's name where the command line prints it.
     kind = "error"
     """The error's name in `--error-format json`."""
 
@@ -184,14 +177,12 @@ class BusContainersError(Exception):
 
 class ConfigError(BusContainersError):
     """A URL, token or value that cannot be used. Nothing was sent."""
-
     kind = "config"
     run_state = "not_sent"  # what is wrong with a value is found before a request is made of it
 
 
 class _UsageError(ConfigError):
     """The user wrote something wrong: exit 2. Nothing was sent."""
-
     kind = "usage"
 
 
@@ -201,19 +192,16 @@ class _MissingTokenError(ConfigError):
 
 class TransportError(BusContainersError):
     """The request could not be sent, or its answer did not arrive whole."""
-
     kind = "transport"
 
 
 class DeadlineError(TransportError):
     """An exchange did not end within its time, or a platform is not ready within `--wait`."""
-
     kind = "deadline"
 
 
 class ProtocolError(BusContainersError):
     """An answer that cannot be used: not HTTP, not JSON, or not of the expected shape."""
-
     kind = "protocol"
 
 
@@ -224,7 +212,6 @@ class ApiError(BusContainersError):
     or None: `type`, the server's word for the error; `message`, its sentence about it; `action`,
     what it advises; `command`, a command line for that.
     """
-
     kind = "api"
 
     def __init__(self, reason: str, status: int = 0, document: Any = None) -> None:
@@ -241,7 +228,6 @@ class ApiError(BusContainersError):
 
 class _OutputError(BusContainersError):
     """A result that cannot be written."""
-
     kind = "output"
 
 
@@ -251,7 +237,6 @@ class _ReaderLeftError(_OutputError):
 
 class _InternalError(BusContainersError):
     """A fault of the program itself, or of the Python that it runs on."""
-
     kind = "internal"
 
 
@@ -265,7 +250,7 @@ class _Interrupted(KeyboardInterrupt):
 
 
 def _internal_error(fault: BaseException) -> _InternalError:
-    text = f"internal error: {type(fault).__name__}: {_shown(str(fault))}"
+    text = f"internal error: {type(fault).__name__}: {_visible(str(fault))}"
     advice = "this is a bug of the program or of its Python; please report this line"
     return _InternalError(text, advice)
 
@@ -433,14 +418,13 @@ def _load_modules(api_url: str) -> dict[str, Any]:
     """Import what a request needs, and return all modules. Raises BusContainersError."""
     # What is missing, in the way of a module or out of descriptors shows before anything is sent.
     try:
-        names = ["_signal", "ipaddress", "json", "re", "selectors", "threading", "urllib.request"]
+        names = ["ipaddress", "json", "re", "selectors", "threading", "urllib.request"]
         if api_url.lower().startswith("https:"):
             names += ["encodings.idna", "ssl"]  # the former for the name in a certificate
         for name in names:
             __import__(name)
-    except (Exception, SystemExit) as error:  # of a script, any
-        if _is_of_handler(error):
-            raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - of a script, any
+        _let_through(error)
         fault = _internal_error(error)
         fault.run_state = "not_sent"
         raise fault from None
@@ -561,9 +545,8 @@ def _is_base_url(url: str) -> bool:
 def _redacted_url(url: str) -> str:
     """Return a URL for a message: without what is before an @, in a query or in a fragment."""
     import re
-    # A password may hold an @, too, so all before the last one goes.
     url = re.sub("(?is)^([a-z]+://)?.*@", r"\1***@", url)
-    return _shown(re.sub("(?s)([?#]).+", r"\1***", url))
+    return _visible(re.sub("(?s)([?#]).+", r"\1***", url))
 
 
 def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -577,7 +560,9 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
         if not isinstance(path, str):
             raise ConfigError("`path` is not text")
         # Before the file is opened: an error of that would print the path, which may be the token.
-        if _looks_like_token(path):
+        _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
+        is_long = len(word) >= 20 and "/" not in path and "\\" not in path
+        if (is_long or _JWT_START in path) and not os.path.exists(path):
             text = "no token: the value of `path` looks like a token, not a path"
             # Without that start it may be a long name of a file that is yet to be written.
             error_class = ConfigError if _JWT_START in path else _MissingTokenError
@@ -607,18 +592,13 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
         text = f"no token: {missing or f'{name} does not exist'}"
         raise _MissingTokenError(text, _TOKEN_ADVICE) from None
     except (OSError, ValueError) as error:
+        _let_through(error)
         raise ConfigError(f"cannot read a token from {name}: {_reason_of(error)}") from None
     if len(data) > 65536:
         raise ConfigError(f"the token in {name} is larger than 64 KiB")
     if path != "-" and not data.strip():
         raise _MissingTokenError(f"no token: {name} is empty", _TOKEN_ADVICE)
     return _checked_token(data.decode("latin-1"), name), name  # latin-1 decodes anything
-
-
-def _looks_like_token(path: str) -> bool:
-    _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
-    is_long = len(word) >= 20 and "/" not in path and "\\" not in path
-    return (is_long or _JWT_START in path) and not os.path.exists(path)
 
 
 def _checked_token(text: str, source: str) -> str:
@@ -650,9 +630,10 @@ def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
     `HTTPS_PROXY` or `HTTP_PROXY`, less what `NO_PROXY` names, each also in lower case, by the rules
     of golang.org/x/net/http/httpproxy, as the other Bus tools are Go. Raises ConfigError.
     """
-    if not isinstance(url, str) or not _is_base_url(url.partition("?")[0].partition("#")[0]):
+    import re
+    if not _is_base_url(re.sub("(?s)[?#].*", "", str(url))):
         raise ConfigError(f"{_redacted_url(str(url))!r} is not a URL that can have a proxy")
-    return _proxy_and_source(url, environ)[0]
+    return _proxy_and_source(str(url), environ)[0]
 
 
 def _proxy_and_source(url: str, environ: Mapping[str, str]) -> tuple[str | None, str]:
@@ -768,6 +749,8 @@ def parse_duration(text: str) -> float:
     import re
     if not isinstance(text, str):
         raise ConfigError(f"{text!r} is not text")
+    # A part of it might be a part of a token, which nobody would recognise.
+    shown = repr(text if len(text) <= _MAX_QUOTED else "...")
     digits = text
     if text.startswith(("-", "+")):
         digits = text[1:]
@@ -777,7 +760,7 @@ def parse_duration(text: str) -> float:
         hint = "is not a duration: try `30s` or `1h30m`"
         if re.fullmatch(f"({_DURATION_PART})+", f"{digits}s"):
             hint = f"has no unit: try `{text}s`"
-        raise ConfigError(f"{_shown(text)!r} {hint}")
+        raise ConfigError(f"{shown} {hint}")
     nanoseconds = 0
     for number, unit in re.findall(_DURATION_PART, digits):
         whole, _, fraction = number.partition(".")
@@ -789,7 +772,7 @@ def parse_duration(text: str) -> float:
     if text.startswith("-"):
         nanoseconds = -nanoseconds
     if not -(2**63) <= nanoseconds < 2**63:  # an int64, which a Go duration is
-        raise ConfigError(f"{_shown(text)!r} is longer than the 292 years of a duration")
+        raise ConfigError(f"{shown} is longer than the 292 years of a duration")
     return nanoseconds / 10**9
 
 
@@ -815,7 +798,7 @@ def _token_facts(token: str, scope: str) -> list[str]:
         facts.append(f"lacks the scope {scope} (it has: {' '.join(scopes) or 'none'})")
     if _AUDIENCE not in audiences:
         facts.append(f"is for {' '.join(audiences) or 'no audience'}, not {_AUDIENCE}")
-    return [_shown(fact) for fact in facts]
+    return [_shown(fact, ()) for fact in facts]
 
 
 def _token_claims(token: str) -> Document | None:
@@ -982,7 +965,7 @@ def _pause(seconds: float, check: Callable[[], object]) -> None:
 
 def _redacted(text: str, secrets: Iterable[str]) -> str:
     """Return a text without secrets, in whatever form a URL, JSON or HTML gives them."""
-    for secret in secrets:
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
         # A short one would be found in ordinary words, and no form of one is shorter than itself.
         if not 8 <= len(secret) <= len(text):
             continue
@@ -1056,9 +1039,8 @@ class _Attempt(io.RawIOBase):
                 failure = error
             # Outside the handler: `from None` would keep http.client's error as the context of
             # ours, and its text may hold the token.
-            if not _is_of_handler(failure):
-                failure = _error_of_failure(self, failure)
-            raise failure
+            _let_through(failure)
+            raise _error_of_failure(self, failure)
         finally:
             try:
                 if self.sock is not None:
@@ -1089,20 +1071,19 @@ class _Attempt(io.RawIOBase):
         import threading
         found: list[Any] = []
         failures: list[Exception] = []
-
         def look_up() -> None:
             try:
                 # As a str the name would cost the import of the tables of IDNA.
                 found.extend(socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
             except Exception as error:  # noqa: BLE001 - the caller's thread raises it
                 failures.append(error)
-
         try:
             if sys.is_finalizing():
                 raise RuntimeError  # as Thread.start does since Python 3.12; before, it hangs
             thread = threading.Thread(target=look_up, daemon=True)
             thread.start()
-        except RuntimeError:
+        except RuntimeError as error:
+            _let_through(error)
             look_up()
         else:
             while thread.is_alive():
@@ -1128,9 +1109,10 @@ class _Attempt(io.RawIOBase):
                 if addresses and (now >= next_start or not connecting):
                     next_start = now + _NEXT_ADDRESS_SECONDS
                     try:
-                        connecting.append(_start_connecting(*addresses.pop(0)))
+                        connecting.append(_start_connecting(addresses.pop(0)))
                         selector.register(connecting[-1], selectors.EVENT_WRITE)
                     except OSError as error:  # the kernel may lack the address's family
+                        _let_through(error)
                         failure = error
                     continue
                 seconds = self.exchange.next_wait_seconds()
@@ -1194,9 +1176,7 @@ class _Attempt(io.RawIOBase):
             try:
                 context.load_verify_locations(*places)
             except (OSError, ValueError) as error:
-                # If it matters, the handshake fails, and _certificate_advice says why.
-                if _is_of_handler(error):
-                    raise
+                _let_through(error)  # else the handshake may fail; _certificate_advice says why
         host = (self.exchange.url.hostname or "").rstrip(".")  # no certificate has that dot
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=host)
@@ -1249,7 +1229,6 @@ class _Attempt(io.RawIOBase):
         import http.client
         import urllib.request
         exchange = self.exchange
-
         def reuse_connection(_host: str, **_: object) -> http.client.HTTPConnection:
             host = exchange.url.hostname or ""
             port = _DEFAULT_PORTS[exchange.url.scheme]
@@ -1257,7 +1236,6 @@ class _Attempt(io.RawIOBase):
             connection.default_port = port  # which the header Host leaves out
             connection.sock = self
             return connection
-
         start = time.monotonic()
         self.enter_state("unknown")  # from now on a byte of the request may have left
         # do_open, for the request and the answer's head, without an opener, which would follow
@@ -1280,10 +1258,9 @@ class _Attempt(io.RawIOBase):
         while 102 <= response.status < 200:
             response.headers = None  # or begin() would not read the next head
             response.begin()
-        if response.status >= 300:
-            self.may_be_done = False
         if response.fp.last_line.strip(b"\r") != b"\n":  # http.client takes an end for that, too
             raise http.client.IncompleteRead(b"")
+        self.may_be_done = response.status < 300 and self.run_state == "unknown"
         headers = [(name, text.replace(_NOT_OF_EMAIL, "")) for name, text in response.getheaders()]
         lines = [f"{response.status} {response.reason}"]
         lines += [f"{name}: {text}" for name, text in headers]
@@ -1304,12 +1281,13 @@ class _Attempt(io.RawIOBase):
             # http.client counts it down to 0. Without one the connection's end is the body's end.
             if response.length:
                 raise http.client.IncompleteRead(b"", response.length)
-        except (OSError, http.client.HTTPException, ProtocolError, DeadlineError):
+        except (OSError, http.client.HTTPException, BusContainersError, ValueError) as error:
+            _let_through(error)
+            # An error's status says enough, even with its body cut.
             if response.status < 300:
-                raise  # an error's status says enough, even with its body cut
-        except ValueError:  # http.client accepts a negative length of a chunk, read() does not
-            if response.status < 300:
-                raise http.client.IncompleteRead(b"") from None
+                if isinstance(error, ValueError):  # of a chunk's length, if it is negative
+                    raise http.client.IncompleteRead(b"") from None
+                raise
         return body
 
     def _wait_for(self, operation: Callable[..., Any], *arguments: Any) -> Any:
@@ -1319,7 +1297,8 @@ class _Attempt(io.RawIOBase):
             try:
                 return operation(*arguments)
             except OSError as error:
-                if error.args != ("timed out",) or _is_of_handler(error):  # or the kernel's
+                _let_through(error)
+                if error.args != ("timed out",):  # the kernel's
                     raise
 
     def sendall(self, data: bytes) -> None:
@@ -1337,8 +1316,8 @@ class _Attempt(io.RawIOBase):
                     count = self._through_tls(self.tls.write, left)
                 left = left[count:]
             self.may_be_done = self.run_state == "unknown"
-        except ConnectionError:
-            pass  # an answer, such as a 413, may have come all the same
+        except ConnectionError as error:
+            _let_through(error)  # else an answer, such as a 413, may have come all the same
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return _AnswerReader(self)
@@ -1356,6 +1335,8 @@ class _Attempt(io.RawIOBase):
                 count = self._through_tls(self.tls.read, len(buffer), buffer)
             except (ssl.SSLEOFError, ssl.SSLSyscallError):  # the latter from OpenSSL 1.1
                 pass  # some servers end without a word; the answer's length shows what is cut
+        if count and not self.received_bytes:
+            self.may_be_done = False  # until a head says so
         # Counted here, as http.client takes a chunk of length -1 for all up to the end.
         self.received_bytes += count
         if self.received_bytes > self.max_bytes:
@@ -1377,8 +1358,9 @@ class _AnswerReader(io.BufferedReader):
         return self.last_line
 
 
-def _start_connecting(family: int, type_: int, protocol: int, _name: str, address: Any) -> Any:
+def _start_connecting(found: Any) -> Any:
     import socket
+    family, type_, protocol, _, address = found
     sock = socket.socket(family, type_, protocol)
     sock.setblocking(False)
     try:
@@ -1399,7 +1381,6 @@ def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
         raise _error_of_status(exchange, answer, document)
-    # Only a DELETE may be answered without a document.
     if (exchange.method, answer.status, is_empty) == ("DELETE", 204, True):
         return {}
     if answer.status not in (200, 201, 202, 204):
@@ -1427,6 +1408,7 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
     except MemoryError:
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
+        _let_through(error)
         reason = exchange.quote(_reason_of(error))
         if "integer string conversion" in reason:  # Python's words, with advice for programmers
             reason = _TOO_MANY_DIGITS
@@ -1506,10 +1488,8 @@ def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) ->
     if 300 <= status < 400:
         target = exchange.quote(answer.headers.get("location", "nowhere"))
         yield f"redirected to {target}, not followed; check `api_url`"
-    # The URL ended in /api/v1, to which the path was added once more.
     if status == 404 and f"/api/v1{_API_PATH}" in exchange.where:
         yield "`api_url` ends in a part of the API's path: give its origin alone"
-    # An error without a type of the API's may be the proxy's own.
     if exchange.proxy_name and exchange.url.scheme == "http" and not error.type:
         text = f"this may be the answer of {exchange.proxy_name}, not of the API"
         if status == 407:
@@ -1744,7 +1724,6 @@ def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[s
             cells = [cell[:_MAX_CELL] for cell in cells]
         if any(cells) or column not in ("started_at", "command"):  # which providers may lack
             table.append([column.upper().replace("_", " "), *cells])
-    # A cell of 100 KB would otherwise pad each of the others to its length.
     forms = []
     for cells in table:
         width = max(map(len, cells))
@@ -2093,7 +2072,7 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
             raise _UsageError(f"{name} does not take a value")
         arguments.append(name if value is None else f"{name}={value}")
     if command not in _COMMANDS:
-        problem = f"unknown command {_shown(command)!r}" if command else "no command"
+        problem = f"unknown command {command!r}" if command else "no command"
         raise _UsageError(f"{problem}: use one of {', '.join(_COMMANDS)}")
     args = _build_parser(rows).parse_args(arguments)
     args.command, args.words = command, words
@@ -2132,7 +2111,7 @@ def _unknown_option(name: str) -> str:
     owners = [command for command, _, long, *_ in _OPTIONS if name == long]
     if owners:
         return f"{name} is an option of {' and '.join(owners)}"
-    return f"no such option: {_shown(name)}"
+    return f"no such option: {name}"
 
 
 def _convert(value_name: str, text: str) -> Any:
@@ -2141,15 +2120,15 @@ def _convert(value_name: str, text: str) -> Any:
         raise ConfigError("the value is empty")
     if "|" in value_name:
         if text not in value_name.split("|"):
-            raise ConfigError(f"{_shown(text)!r} is not {value_name.replace('|', ' or ')}")
+            raise ConfigError(f"{text!r} is not {value_name.replace('|', ' or ')}")
     elif value_name == "DURATION":
         seconds = parse_duration(text)
         if seconds < 0:
-            raise ConfigError(f"{_shown(text)!r} is not a duration >= 0")
+            raise ConfigError(f"{text!r} is not a duration >= 0")
         return seconds
     elif value_name == "N":
         if not (text.isascii() and text.isdigit() and len(text) <= 15):
-            raise ConfigError(f"{_shown(text)!r} is not {_WHOLE_NUMBER}")
+            raise ConfigError(f"{text!r} is not {_WHOLE_NUMBER}")
         return int(text)
     elif value_name in ("DIR", "FILE", "PATH"):
         # As the locale spells it, in place of the UTF-8 that _decode_argument made of it.
@@ -2169,7 +2148,7 @@ def _check_combination(args: argparse.Namespace) -> None:
         if is_repeatable:
             most = len(args.words)
     if len(args.words) > most:
-        raise _UsageError(f"{args.command} does not take the argument {_shown(args.words[-1])!r}")
+        raise _UsageError(f"{args.command} does not take the argument {args.words[-1]!r}")
     if args.command == "run":
         _as_usage_error(_run_request, args.words, args.profile, args.image, args.timeout_seconds)
     if any(name == "run_id" for name, *_ in arguments):
@@ -2201,13 +2180,13 @@ def _descriptor(stream: Any) -> int | None:
 
 def _is_writable(descriptor: int, seconds: float) -> bool:
     try:
-        import select
-        poll = select.poll()  # select.select knows no descriptor over 1023
-        poll.register(descriptor, select.POLLOUT)
-        return bool(poll.poll(seconds * 1000))
-    except (Exception, SystemExit) as error:  # a select.py in the way, or no memory
-        if _is_of_handler(error):
-            raise
+        import selectors
+        # That for `select` takes no descriptor over 1023; for `poll` there is none under eventlet.
+        selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()
+        selector.register(descriptor, selectors.EVENT_WRITE)
+        return bool(selector.select(seconds))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a script, or no memory
+        _let_through(error)
         return True  # nobody knows, as on Windows
 
 
@@ -2225,25 +2204,28 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
                     time.sleep(_NO_ROOM_SECONDS)
 
 
-def _write_in_time(stream: Any, text: str, seconds: float) -> bool:
-    """Write a message, for each part of which its reader has some time; return False if late."""
-    descriptor = own = _descriptor(stream)
-    if descriptor is None or own is None:
-        _write_stream(stream, [text])
-        return True
-    if os.isatty(descriptor):
-        # write(2) to a terminal that is almost full waits, and yet it counts as writable. Opened
-        # anew, as the flag of this descriptor is that of all processes that have it.
-        try:
-            own = os.open(f"/dev/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        except (AttributeError, OSError):
-            pass  # Windows, or the terminal of another user
+def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
+    """Write a message, and return what is left of it where its reader takes no part in time."""
+    descriptor = _descriptor(stream)
+    if descriptor is None:
+        _write_stream(stream, [data.decode()])
+        return b""
+    # Opened anew, not to wait. Else write(2) would, for a terminal that is almost full, and a pipe
+    # that another process has just filled. The flag of this descriptor is that of all who have it.
+    place, own = "", descriptor
+    try:
+        if os.isatty(descriptor):
+            place = os.ttyname(descriptor)
+        elif stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            place = f"/dev/fd/{descriptor}"
+        if place[-1:].isdigit():  # not /dev/tty or /dev/ptmx, which would be another one
+            own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except (AttributeError, OSError) as error:  # Windows, no /dev/fd, or another user's
+        _let_through(error)
     with open(own, "wb", buffering=0, closefd=own != descriptor) as file:
-        left = memoryview(text.encode("utf-8", "backslashreplace"))
+        left = memoryview(data)
         end = time.monotonic() + seconds
-        while left:
-            if not _is_writable(own, seconds):
-                return False
+        while left and _is_writable(own, seconds):
             stream.flush()  # of what others wrote
             count = file.write(left[:512])  # as POSIX has it of pipes; None where it would wait
             if count:
@@ -2252,8 +2234,8 @@ def _write_in_time(stream: Any, text: str, seconds: float) -> bool:
             elif time.monotonic() < end:
                 time.sleep(_NO_ROOM_SECONDS)
             else:
-                return False
-    return True
+                break
+    return bytes(left)
 
 
 def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
@@ -2268,7 +2250,8 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
             stream.write(piece)
         except UnicodeEncodeError:  # rather than lose what its encoding lacks
             import json
-            stream.write("".join(c if c.isascii() else json.dumps(c)[1:-1] for c in piece))
+            import re
+            stream.write(re.sub("[^\0-\x7f]+", lambda match: json.dumps(match[0])[1:-1], piece))
     stream.flush()
 
 
@@ -2360,6 +2343,7 @@ class _Reporter(_Observer):
         self.deleted: list[Document] = []
         self.patience_seconds = _PATIENCE_SECONDS
         self.explained = ""
+        self.unsent = b""  # the rest of a message that was written in part
         self.drawn = ""
         self.show_progress("")
 
@@ -2374,9 +2358,10 @@ class _Reporter(_Observer):
             self.next_seconds += _STILL_RUNNING_SECONDS
             self._write(f"{_PROGRAM}: still waiting after {line}\n", 0)
             return
+        descriptor = _descriptor(sys.stderr)
         try:
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        except (AttributeError, OSError, ValueError):
+            columns = os.get_terminal_size(-1 if descriptor is None else descriptor).columns or 80
+        except OSError:
             columns = 80
         # A character of two columns would wrap the line, which then could not be erased.
         line = line.encode("ascii", "backslashreplace").decode()[: columns - 1]
@@ -2436,6 +2421,9 @@ class _Reporter(_Observer):
             error.advice = f"{error.advice}; {hint}" if error.advice else hint
         self.speak_of_options(error, command)
         fields: Document = {}
+        if self.deleted and error.kind in ("interrupted", "output"):
+            ids = [document["run_id"] for document in self.deleted]
+            self.outcome = f"deleted: {' '.join(ids)}"
         if self.outcome:
             error.reason += f"; {self.outcome}"
         if command == "run":
@@ -2469,9 +2457,8 @@ class _Reporter(_Observer):
         # Some callbacks of Python wrap what a signal's handler raises in another exception.
         if self.process.signal_number:
             return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
-        if _is_of_handler(fault):
-            self.show_progress("")
-            raise fault  # a host program's sys.exit, say
+        self.show_progress("")
+        _let_through(fault)  # a host program's sys.exit, say
         trace = fault.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code
@@ -2487,10 +2474,14 @@ class _Reporter(_Observer):
         # Our line starts a new one: after the container's stderr, or its stdout on the same screen.
         if output and output[-1] != "\n" and (errors or (self.is_terminal and is_on_terminal)):
             errors += "\n"
-        try:
-            _write_stream(sys.stderr, [errors])
-        except Exception:  # noqa: BLE001, S110 - there is no other place for it
-            pass
+        if errors:
+            try:
+                _write_stream(sys.stderr, [errors])
+            except Exception as error:  # noqa: BLE001 - a host's stream may raise any
+                _let_through(error)
+                # It is a part of the result, and there is no other place for it.
+                text = f"cannot write to standard error: {_reason_of(error)}"
+                raise _OutputError(text) from None
         fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
         text = self.outcome
         duration = _shown(_cell(document, "duration_ms"), self.secrets)
@@ -2526,13 +2517,18 @@ class _Reporter(_Observer):
         # after a message, not amid it.
         self.process.is_writing = True
         try:
-            if _write_in_time(sys.stderr, text, wait_seconds):
+            data = self.unsent + text.encode("utf-8", "backslashreplace")
+            left = _write_in_time(sys.stderr, data, wait_seconds)
+            if len(left) < len(data):
+                self.unsent = left
+            if not left:
                 self.patience_seconds = _PATIENCE_SECONDS
             elif wait_seconds:
                 self.patience_seconds = 0
         except Exception as error:  # there is none, it is closed, or a host's own
-            if _is_of_handler(error):
-                raise
+            _let_through(error)
+            if self.has_failed and isinstance(error, MemoryError):
+                raise  # `console` has some in reserve
         finally:
             self.process.is_writing = False
 
@@ -2560,6 +2556,7 @@ class _Result:
             else:
                 self._prove_file(self._path)
         except (OSError, ValueError) as error:
+            _let_through(error)
             raise self._error(error) from None
 
     def _prove_file(self, path: str) -> None:
@@ -2604,6 +2601,7 @@ class _Result:
             self.close()  # this may fail as well as a write
             return
         except (OSError, ValueError, MemoryError) as error:
+            _let_through(error)
             failure = self._error(error)
             is_gone = isinstance(error, BrokenPipeError)
         if is_gone and not self._path:
@@ -2743,7 +2741,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             waiting = [s for s in states if s.lower() in ("starting", "pending", "provisioning")]
             if not waiting:  # where there is no runner, the first run makes one
                 return document
-            reason = f"the runner is {_shown(waiting[0])}"
+            reason = f"the runner is {_shown(waiting[0], report.secrets)}"
         except BusContainersError as error:
             if not error.retryable and not isinstance(error, _MissingTokenError):
                 raise
@@ -2779,7 +2777,7 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     )
     code = document.get("exit_code")
     if code in (126, 127):
-        text = f"exit code {code} may mean that {_shown(args.words[0])!r} could not be started"
+        text = f"exit code {code} may mean that {args.words[0]!r} could not be started"
         hint = f"an image is named by --image, a profile by --profile; this was {target}"
         if len(args.words) == 1 and " " in args.words[0]:
             hint = "leave out the quotes around the command, or use sh -c"
@@ -2798,18 +2796,15 @@ def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
             report.deleted.append(client.delete(run_id))
         except (TransportError, ProtocolError, ApiError) as error:
             report.error(error, args.command)
-    if report.deleted:
-        ids = [_shown(document["run_id"], report.secrets) for document in report.deleted]
-        report.outcome = f"deleted: {' '.join(ids)}"
     return report.deleted
 
 
 def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
     topic = args.words[0] if args.words else ""
     if topic and args.format:
-        raise _UsageError(f"there is one document of all commands: leave out {_shown(topic)!r}")
+        raise _UsageError(f"there is one document of all commands: leave out {topic!r}")
     if topic and topic not in _COMMANDS:
-        raise _UsageError(f"no help about {_shown(topic)!r}: there is {', '.join(_COMMANDS)}")
+        raise _UsageError(f"no help about {topic!r}: there is {', '.join(_COMMANDS)}")
     if args.format:
         return _opencli_document()
     return _page(topic or None)
@@ -2874,16 +2869,20 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         except (OSError, ValueError) as error:
             raise ConfigError(f"--chdir {args.chdir}: {_reason_of(error)}") from None
     result = None if args.quiet else _Result(args.output)
-    functions = {"status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help}
+    functions = {
+        "status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help,
+    }
     try:
         try:
             document = functions[args.command](args, report)
             report.show_progress("")
             report.tick()  # for a signal that came amid a message
-        except KeyboardInterrupt:
-            if report.deleted:
-                _write_result(args, result, report.deleted)
-            raise
+        except KeyboardInterrupt as interrupt:
+            if not report.deleted:
+                raise
+            code = report.interrupt(interrupt, args.command)  # first: the list may have to wait
+            _write_result(args, result, report.deleted)
+            return code
         if args.command == "run":
             return _finish_run(args, result, document, report)
         _write_result(args, result, document)

@@ -341,6 +341,9 @@ def test_a_standard_error_that_takes_nothing(cli: InProcess, api: Api) -> None:
         for stderr in (None, full.fileno(), Stream({"write": no_write})):
             for form, out in (("json", PRINTED), ("text", b"OK")):
                 assert cli("-vvf", form, *RUN, at=api, stderr=stderr)[:2] == (0, out)
+            api.answers({**DOCUMENTS["run"], "stderr": "bad"})
+            assert cli("-f", "text", *RUN, at=api, stderr=stderr).code == 125
+            api.answers(DOCUMENTS["run"])
             assert cli("--bogus", stderr=stderr).code == 2
             assert cli("delete", "a", stderr=stderr).code == 1
             assert cli(*RUN, stderr=stderr).code == 125

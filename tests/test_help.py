@@ -561,7 +561,6 @@ MAY_CATCH: set[tuple[str, str]] = {
     ("_is_writable", "Exception"),  # a select.py in the way must not hide an error
     ("_write_in_time", "AttributeError"),  # flags that Windows does not have
     ("_Reporter.__init__", "AttributeError"),
-    ("_Reporter.tick", "AttributeError"),
     ("_Reporter.run_ended", "Exception"),  # a host's stream may raise anything
     ("_Reporter._print", "Exception"),  # a json.py in the way must not hide an error
     ("_Reporter._write", "Exception"),

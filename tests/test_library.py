@@ -40,6 +40,7 @@ from hostile import (
     answer,
     html,
     message,
+    raw,
     refused_port,
     reset,
     silent,
@@ -332,9 +333,13 @@ def test_timeouts(serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch)
 
 @contextmanager
 def handler(error: BaseException) -> Iterator[None]:
-    """A signal's handler of a host program raises this, which has to come out as it is."""
+    """A signal's handler of a host program raises this, which has to come out as it is.
+
+    As many do, it takes itself away first.
+    """
 
     def expire(*_: object) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         raise error
 
     before = signal.signal(signal.SIGALRM, expire)
@@ -363,10 +368,21 @@ def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve:
 
 
 @pytest.mark.parametrize(
-    "name", ["__import__", "load_verify_locations", "connect", "do_handshake", "send", "recv"]
-)
+    ("name", "error"),
+    [
+        ("__import__", TimeoutError()), ("acquire", RuntimeError()), ("register", OSError()),
+        ("load_verify_locations", TimeoutError()), ("do_handshake", TimeoutError()),
+        ("send", ConnectionAbortedError()), ("recv", TimeoutError()),
+        ("connect", TimeoutError()), ("decode", MemoryError()),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_host_s_handler_at_any_step(
-    name: str, serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    error: Exception,
+    serve: Serve,
+    certificates: Certificates,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Promise 4.9: the signal comes when a function of Python's own ends."""
 
@@ -377,9 +393,40 @@ def test_a_host_s_handler_at_any_step(
 
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
     server = serve(answer(BODIES["run"]), tls=certificates.context(certificates.good))
-    with handler(TimeoutError("enough")):
+    with handler(error):
         sys.setprofile(hit)
         Client(server.url, CANARY).run(["true"], timeout=LIMIT)
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), ValueError()], ids=["time", "value"])
+@pytest.mark.parametrize("status", ["200 OK", "503 Unavailable"])
+def test_a_host_s_handler_amid_an_answer(status: str, error: Exception, serve: Serve) -> None:
+    """Promise 4.9."""
+    head = message(b"{", status, length=9)
+    server = serve(steps(raw(head), alarm, Connection.hold), answer(BODIES["status"]))
+    with handler(error):
+        Client(server.url, CANARY).status()
+    assert server.methods() == ["GET"]
+
+
+@pytest.mark.parametrize("name", ["token", "output", "stdout", "stderr"])
+def test_a_host_s_handler_amid_a_long_wait_of_main(
+    name: str, cli: InProcess, api: Api, folder: Path
+) -> None:
+    """Promise 4.9."""
+    os.mkfifo(folder / "fifo")
+    reader, writer = os.pipe()
+    fill(writer)
+    api.answers({"run_id": "r", "exit_code": 0, "stdout": "", "stderr": "bad"})
+    options = {"token": ["--token-file", "fifo"], "output": ["-o", "fifo"], "stderr": ["-ftext"]}
+    streams: dict[str, Any] = {name: writer} if name.startswith("std") else {}
+    try:
+        with handler(TimeoutError()):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            cli(*options.get(name, []), "run", "true", at=api, **streams)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_an_exit_by_a_host_s_handler_ends_main(cli: InProcess, serve: Serve) -> None:

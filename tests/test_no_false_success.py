@@ -250,6 +250,11 @@ DELETIONS = [
                  "HTTP 404 not_found")
         for status in (300, 403, 404, 502)
     ),
+    *(
+        Deletion(f"{status}-reset-then-404", (reset(f"HTTP/1.1 {status} X\r\nVi".encode()), GONE),
+                 "HTTP 404 not_found")
+        for status in (404, 503)
+    ),
     Deletion("lost-then-404-cut-then-404", (reset(), raw(b"HTTP/1.1 404 X\r\nVi"), GONE)),
     Deletion("502-504-404", (answer(b"", "502 X"), answer(b"", "504 X"), GONE), "HTTP 404"),
     # Not about the run: a gateway has no such route, or a page for what it does not know.

@@ -213,6 +213,18 @@ def test_a_token_where_a_long_text_is_cut(cli: InProcess, api: Api) -> None:
     assert CANARY[:10] not in result.message
 
 
+def test_a_token_in_a_long_word_of_the_command_line(cli: InProcess) -> None:
+    for length in range(0, bus_containers._MAX_QUOTED + 8, 8):
+        value = "x" * length + CANARY
+        told = cli("--timeout", value, "status", env={"BUS_AI_TOKEN": CANARY}).error
+        assert CANARY[:8] not in told
+
+
+def test_a_token_that_begins_as_another_one_does(cli: InProcess) -> None:
+    env: Env = {"BUS_AI_TOKEN": CANARY[:10], "BUS_API_TOKEN": CANARY}
+    assert "'[redacted]'" in cli("--timeout", CANARY, "status", env=env).error
+
+
 def test_a_token_in_quotes_that_is_sent_back_without(
     cli: InProcess, api: Api, folder: Path
 ) -> None:

@@ -46,6 +46,7 @@ from support import (
     Terminal,
     as_json,
     check_failure,
+    fill,
     skip_if,
     tiers,
     words,
@@ -410,6 +411,22 @@ def test_a_signal_amid_the_list_of_deletions(program: Program, api: Api) -> None
     result = amid("delete", "a", "b", at=api)
     assert (result.code, result.out) == (-signal.SIGTERM, b"")
     assert result.message == "bus-containers: terminated; deleted: a b\n"
+
+
+def test_a_signal_amid_deletions_whose_list_nobody_reads(program: Program) -> None:
+    """Promise 6.14: the message comes before the list, which may have to wait."""
+    reader, writer = os.pipe()
+    fill(writer)
+    with Hostile(answer(b"{}"), silent()) as server:
+        process = program.start("delete", "a", "b", at=server, stdout=writer)
+        assert server.reached.wait(LIMIT)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"bus-containers: terminated; deleted: a\n"
+        process.kill()
+        process.communicate()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_signal_amid_an_error_takes_no_message_away(program: Program) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import bus_containers
-from hostile import Api, Connection, Hostile, Script, answer, held, message, silent
+from hostile import Api, Connection, Hostile, Script, answer, held, message, raw, silent
 from support import (
     LIMIT,
     Env,
@@ -177,6 +177,9 @@ class HostScreen(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+    def fileno(self) -> int:
+        raise NotImplementedError
 
     def write(self, text: str) -> int:
         if "codex" in text:
@@ -409,6 +412,62 @@ def test_a_message_waits_for_the_reader_of_an_almost_full_terminal(cli: InProces
         cli("--no-color", "no-command", stderr=end)
         late_reader.join(LIMIT)
         assert shown.lstrip(b"x") == cli("no-command").err.replace(b"\n", b"\r\n")
+
+
+def test_a_message_to_the_other_end_of_a_terminal(cli: InProcess) -> None:
+    """It is a terminal, too, but to open it once more would make another one."""
+    with Terminal() as terminal:
+        cli("--no-color", "no-command", stderr=terminal.controller)
+        assert os.read(terminal.end, 65536) == cli("no-command").err
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["by nobody", "soon"])
+def test_a_pipe_that_another_process_has_filled(
+    is_read: bool, cli: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 6.9. It was writable a moment ago: here nobody knows, without `selectors`."""
+    monkeypatch.setitem(sys.modules, "selectors", None)
+    reader, writer = os.pipe()
+    fill(writer)
+    shown = bytearray()
+    late_reader = threading.Timer(0.3, lambda: shown.extend(os.read(reader, 1 << 20)))
+    if is_read:
+        late_reader.start()
+    result = cli("no-command", stderr=writer)
+    assert result.code == 2
+    assert result.seconds < LIMIT / 2
+    if is_read:
+        late_reader.join(LIMIT)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        shown += file.read()
+    assert shown.lstrip(b"x") == (cli("no-command").err if is_read else b"")
+
+
+@second_tier
+def test_a_message_that_was_cut_does_not_run_into_the_next_one(cli: InProcess) -> None:
+    """Promise 3.9: each is a line of its own."""
+    no = message(json.dumps(LONG_ERROR).encode(), "403 Forbidden")
+    reader, writer = os.pipe()
+    fill(writer)
+    shown = bytearray(os.read(reader, 4096))
+    release = threading.Event()
+
+    def read() -> None:
+        release.set()
+        while shown.count(b"\n") < 2:
+            shown.extend(os.read(reader, 65536))
+
+    late_reader = threading.Timer(1.5, read)
+    late_reader.start()
+
+    with Hostile(raw(no), held(release, no)) as server:
+        cli("--error-format", "json", "delete", "a", "b", at=server, stderr=writer)
+    late_reader.join(LIMIT)
+    os.close(reader)
+    os.close(writer)
+    lines = shown.lstrip(b"x").splitlines()
+    assert [json.loads(line)["status"] for line in lines] == [403, 403]
 
 
 def test_a_message_on_a_terminal_without_a_free_descriptor(
