@@ -1260,7 +1260,7 @@ class _Attempt(io.RawIOBase):
             response.begin()
         if response.fp.last_line.strip(b"\r") != b"\n":  # http.client takes an end for that, too
             raise http.client.IncompleteRead(b"")
-        self.may_be_done = response.status < 300 and self.run_state == "unknown"
+        self.may_be_done = self.run_state == "unknown"  # of an error nothing more can be lost
         headers = [(name, text.replace(_NOT_OF_EMAIL, "")) for name, text in response.getheaders()]
         lines = [f"{response.status} {response.reason}"]
         lines += [f"{name}: {text}" for name, text in headers]

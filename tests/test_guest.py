@@ -332,6 +332,18 @@ def test_a_stream_that_compresses(cli: InProcess, api: Api, folder: Path) -> Non
     assert gzip.decompress((folder / "out.gz").read_bytes()) == PRINTED
 
 
+def test_no_memory_for_a_message(cli: InProcess, api: Api) -> None:
+    """A warning is not worth more than the run; an error must be told, if only by `console`."""
+
+    def write(_: str) -> None:
+        raise MemoryError
+
+    api.answers({**DOCUMENTS["run"], "exit_code": 127})
+    assert cli(*RUN, at=api, stderr=Stream({"write": write})).code == 127
+    with pytest.raises(MemoryError):
+        cli("no-command", stderr=Stream({"write": write}))
+
+
 def no_write(text: str) -> None:
     raise RuntimeError(text)
 
