@@ -376,7 +376,7 @@ def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve:
         ("__import__", TimeoutError()), ("acquire", RuntimeError()), ("register", OSError()),
         ("load_verify_locations", TimeoutError()), ("do_handshake", TimeoutError()),
         ("send", ConnectionAbortedError()), ("recv", TimeoutError()),
-        ("connect", TimeoutError()), ("decode", MemoryError()),
+        ("connect", TimeoutError()), ("decode", MemoryError()), ("raw_decode", ValueError()),
     ],
     ids=str,
 )  # fmt: skip
@@ -389,13 +389,15 @@ def test_a_host_s_handler_at_any_step(
 ) -> None:
     """Promise 4.9: the signal comes when a function of Python's own ends."""
 
-    def hit(_frame: object, event: str, called: Any) -> None:
-        if event in ("c_return", "c_exception") and called.__name__ == name:
+    def hit(frame: Any, event: str, called: Any) -> None:
+        is_c = event in ("c_return", "c_exception")
+        if name == (called.__name__ if is_c else event == "return" and frame.f_code.co_name):
             sys.setprofile(None)
             signal.raise_signal(signal.SIGALRM)
 
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
-    server = serve(answer(BODIES["run"]), tls=certificates.context(certificates.good))
+    tls = certificates.context(certificates.good) if name != "send" else None
+    server = serve(answer(BODIES["run"]), tls=tls)
     with handler(error):
         sys.setprofile(hit)
         Client(server.url, CANARY).run(["true"], timeout=LIMIT)
@@ -406,7 +408,14 @@ def test_a_host_s_handler_at_any_step(
 def test_a_host_s_handler_amid_an_answer(status: str, error: Exception, serve: Serve) -> None:
     """Promise 4.9."""
     head = message(b"{", status, length=9)
-    server = serve(steps(raw(head), alarm, Connection.hold), answer(BODIES["status"]))
+
+    def amid_it(connection: Connection) -> None:
+        raw(head)(connection)
+        connection.server.ending.wait(0.1)  # until its head is read
+        alarm(connection)
+        connection.hold()
+
+    server = serve(amid_it, answer(BODIES["status"]))
     with handler(error):
         Client(server.url, CANARY).status()
     assert server.methods() == ["GET"]
