@@ -98,6 +98,7 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _LAST_WORDS = f"{_PROGRAM}: out of memory, or worse; if this was `run`, {_RUN_ADVICE}\n".encode()
 _TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no deadline meanwhile
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
+_PIPE_BYTES = 4096 if sys.platform == "linux" else 512  # a writable pipe takes them at once
 _NO_ROOM_SECONDS = 0.001  # until another look at a terminal that has room, but not enough
 
 
@@ -110,7 +111,8 @@ def _visible(text: str) -> str:
 
 def _shown(text: str, secrets: Iterable[str]) -> str:
     """Return text of a server for a message: without secrets, cut and escaped."""
-    text = _redacted(text[:_MAX_ERROR_BYTES], secrets)
+    # A part of what is longer would take long as well, and might end within a secret.
+    text = _redacted(text, secrets) if len(text) <= _MAX_ERROR_BYTES else "..."
     if len(text) > _MAX_QUOTED:
         text = f"{text[:_MAX_QUOTED]}..."
     return _visible(text)
@@ -132,7 +134,7 @@ def _let_through(error: BaseException) -> None:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         frame, trace = trace.tb_frame, trace.tb_next
-        for value in trace.tb_frame.f_locals.values():
+        for value in [*trace.tb_frame.f_locals.values()][:3]:  # its arguments come first
             # A handler's second argument is the frame that it broke into.
             if value is frame or (isinstance(value, tuple) and frame in value):
                 raise error
@@ -144,11 +146,9 @@ class BusContainersError(Exception):
     """Base of every error that is raised on purpose. Its text is `reason`, then `advice`."""
 
     # A parameter in backquotes, as `timeout`, is an option's name where the command line prints it.
-    kind = "error"
-    """The error's name in `--error-format json`."""
-
+    kind = "error"  # the error's name in `--error-format json`
+    # What is known of a run: `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`.
     run_state: str | None = None
-    """What is known of a run: `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`."""
 
     # Only `reason` has no default, in subclasses too, as pickle and copy pass nothing else.
     def __init__(self, reason: str, advice: str = "", *, retryable: bool = False) -> None:
@@ -242,7 +242,6 @@ class _InternalError(BusContainersError):
 
 class _Interrupted(KeyboardInterrupt):
     """A signal ended a call. It carries the shell's exit code, and what is known of a run."""
-
     def __init__(self, exit_code: int = 130, run_state: str | None = None) -> None:
         super().__init__(exit_code, run_state)
         self.exit_code = exit_code
@@ -637,7 +636,6 @@ def resolve_proxy(url: str, environ: Mapping[str, str]) -> str | None:
 
 
 def _proxy_and_source(url: str, environ: Mapping[str, str]) -> tuple[str | None, str]:
-    """Return the proxy for a URL, and the name of the variable that it is from."""
     source = "HTTP_PROXY"
     if url.lower().startswith("https:"):
         source = "HTTPS_PROXY"
@@ -824,7 +822,6 @@ def _claimed_words(claims: Document, name: str) -> list[str]:
 
 class _Observer:
     """What an exchange calls on its way, always in the caller's thread. This one does nothing."""
-
     def tick(self) -> None:
         """A wait of a moment is about to begin. What this raises ends the exchange."""
 
@@ -846,7 +843,6 @@ class _Observer:
 
 class _Answer:
     """An HTTP answer as a plain value. The names of its headers are in lower case."""
-
     def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
         self.status = status
         self.reason = reason
@@ -857,7 +853,6 @@ class _Answer:
 
 class _Exchange:
     """One request to the API and its answer: what is asked, by when, and how often."""
-
     def __init__(
         self, client: Client, method: str, *path: str,
         request: Document | None = None,
@@ -950,7 +945,6 @@ class _Exchange:
         return error_class(f"{self.where}: {reason}", advice, retryable=retryable)
 
     def quote(self, text: str) -> str:
-        """Return text from outside for a message, without a secret that was sent back in it."""
         return _shown(text, self.secrets)
 
 
@@ -1189,15 +1183,19 @@ class _Attempt(io.RawIOBase):
         # for as long as a server sends messages that it skips, such as HelloRequest or tickets.
         import ssl
         while True:
-            result, failure = None, None
+            result: Any = None
+            failure: Any = None
             try:
                 result = operation(*arguments)
             except ssl.SSLError as error:
                 failure = error
             # After a failure, too, which an alert tells the server; not after an interrupt.
             left = memoryview(self.outgoing.read())
-            while left:
-                left = left[self._wait_for(self.sock.send, left) :]
+            try:
+                while left:
+                    left = left[self._wait_for(self.sock.send, left) :]
+            except OSError as error:
+                failure = failure or error
             if failure is None:
                 return result
             if not isinstance(failure, ssl.SSLWantReadError):
@@ -1260,7 +1258,8 @@ class _Attempt(io.RawIOBase):
             response.begin()
         if response.fp.last_line.strip(b"\r") != b"\n":  # http.client takes an end for that, too
             raise http.client.IncompleteRead(b"")
-        self.may_be_done = self.run_state == "unknown"  # of an error nothing more can be lost
+        is_good = response.status in (200, 201, 202, 204)
+        self.may_be_done = is_good and self.run_state == "unknown"
         headers = [(name, text.replace(_NOT_OF_EMAIL, "")) for name, text in response.getheaders()]
         lines = [f"{response.status} {response.reason}"]
         lines += [f"{name}: {text}" for name, text in headers]
@@ -1424,18 +1423,15 @@ def _parse_json(text: str) -> Any:
     """Parse JSON proper: no NaN, no number too large, nothing deeper than can be written again."""
     import itertools
     import json
-
     def parse_float(digits: str) -> float:
         value = float(digits)
         if not abs(value) <= sys.float_info.max:  # NaN, too, is refused so
             raise ValueError(f"{digits[:20]} is not a number in JSON")
         return value
-
     def parse_int(digits: str) -> int:
         if len(digits) > _MAX_JSON_DIGITS:
             raise ValueError(_TOO_MANY_DIGITS)
         return int(digits)
-
     options: dict[str, Any] = {"parse_float": parse_float, "parse_constant": parse_float}
     # A Python with this limit enforces it, at a fraction of what a hook for each number costs.
     get_limit = getattr(sys, "get_int_max_str_digits", None)
@@ -1455,7 +1451,6 @@ def _parse_json(text: str) -> Any:
 
 
 def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> ApiError:
-    """Return the error of an answer with an HTTP status other than 2xx."""
     document = _redacted_document(document, exchange.secrets)
     fields = _error_object(document)
     said = exchange.quote(_text(fields, "type") or answer.reason)
@@ -1483,7 +1478,6 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
 
 
 def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) -> Iterator[str]:
-    """Give what follows from the status and the headers."""
     status = answer.status
     if 300 <= status < 400:
         target = exchange.quote(answer.headers.get("location", "nowhere"))
@@ -1507,7 +1501,6 @@ def _proxy_login_advice(exchange: _Exchange) -> str:
 
 
 def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
-    """Give the quota and the plan of a denial, as a person says them."""
     error = _error_object(document)
     usage = _field(error, "usage", dict)
     used = _field(usage, "used", (int, float))
@@ -1606,7 +1599,6 @@ def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
 
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:
-    """Return what to do about a server's certificate that is refused."""
     import ssl
     names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if environ.get(name)]
     for name in names:
@@ -1760,7 +1752,6 @@ _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
 
 class _Command:
     """A row of the table of commands."""
-
     def __init__(
         self, method: str, failure_code: int, columns: str, summary: str, description: str,
         arguments: Sequence[tuple[str, bool, bool, str]],
@@ -1965,7 +1956,6 @@ def _page(command: str | None) -> str:
 
 
 def _objects(names: str, rows: Iterable[Sequence[Any]]) -> list[Document]:
-    """Return rows as objects, whose keys are the names of the columns."""
     return [dict(zip(names.split(), row)) for row in rows]
 
 
@@ -2105,7 +2095,6 @@ def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
 
 
 def _unknown_option(name: str) -> str:
-    """Return what is wrong with an option that the command does not have."""
     if name.startswith("--token"):
         return "no option takes a token: use --token-file PATH, BUS_AI_TOKEN or BUS_API_TOKEN"
     owners = [command for command, _, long, *_ in _OPTIONS if name == long]
@@ -2137,7 +2126,6 @@ def _convert(value_name: str, text: str) -> Any:
 
 
 def _check_combination(args: argparse.Namespace) -> None:
-    """Raise what is wrong with the words of a command line, and with its options together."""
     if args.quiet and (args.verbose or args.trace):
         raise _UsageError("--quiet and --verbose or --trace exclude each other")
     arguments = _COMMANDS[args.command].arguments
@@ -2227,7 +2215,7 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
         end = time.monotonic() + seconds
         while left and _is_writable(own, seconds):
             stream.flush()  # of what others wrote
-            count = file.write(left[:512])  # as POSIX has it of pipes; None where it would wait
+            count = file.write(left[:_PIPE_BYTES])  # None where it would wait
             if count:
                 left = left[count:]
                 end = time.monotonic() + seconds
@@ -2257,12 +2245,12 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
 
 class _Process:
     """The process, its signals and its standard descriptors."""
-
     def __init__(self) -> None:
         self.failure_code = 1  # the command's, once that is known
         self.signal_number = 0
         self.signal_time = 0.0
         self.is_writing = False  # a message
+        self.is_mute = False  # as there was no memory for the last one
 
     def prepare(self) -> None:
         import gc
@@ -2315,7 +2303,6 @@ class _Process:
 
 class _Reporter(_Observer):
     """All that goes to standard error, as text or JSON, and a line about what is in progress."""
-
     def __init__(self, options: _Options, process: _Process) -> None:
         # The options are looked at before they are checked: an error in one of them is printed in
         # the format that the others ask for. The last one of a name counts.
@@ -2476,7 +2463,8 @@ class _Reporter(_Observer):
             errors += "\n"
         if errors:
             try:
-                _write_stream(sys.stderr, [errors])
+                _write_stream(sys.stderr, [self.unsent.decode(errors="replace"), errors])
+                self.unsent = b""
             except Exception as error:  # noqa: BLE001 - a host's stream may raise any
                 _let_through(error)
                 # It is a part of the result, and there is no other place for it.
@@ -2490,7 +2478,6 @@ class _Reporter(_Observer):
         self._print("run", text, fields)
 
     def _print(self, kind: str, text: str, fields: Document | None = None) -> None:
-        """Print a message as a line, or as an object with more fields."""
         line = _visible(_redacted(text, self.secrets))
         if kind == "warning":
             line = f"warning: {line}"
@@ -2515,7 +2502,7 @@ class _Reporter(_Observer):
         """Write to standard error, or give up: a result must not wait for one that nobody reads."""
         # After a message that was not taken in time, the next ones do not wait. A signal is seen
         # after a message, not amid it.
-        self.process.is_writing = True
+        self.process.is_writing, self.process.is_mute = True, False
         try:
             data = self.unsent + text.encode("utf-8", "backslashreplace")
             left = _write_in_time(sys.stderr, data, wait_seconds)
@@ -2525,10 +2512,9 @@ class _Reporter(_Observer):
                 self.patience_seconds = _PATIENCE_SECONDS
             elif wait_seconds:
                 self.patience_seconds = 0
-        except Exception as error:  # there is none, it is closed, or a host's own
+        except Exception as error:  # noqa: BLE001 - there is none, it is closed, or a host's own
             _let_through(error)
-            if self.has_failed and isinstance(error, MemoryError):
-                raise  # `console` has some in reserve
+            self.process.is_mute = isinstance(error, MemoryError)
         finally:
             self.process.is_writing = False
 
@@ -2616,12 +2602,14 @@ class _Result:
         raise failure
 
 
+def _target(path: str) -> str:
+    """Return what a symbolic link names, existing or not, as the link itself is kept."""
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
 def _name_beside(path: str) -> str:
-    """Return a name for a new file in the folder of a path."""
-    # A symbolic link is kept, and its target replaced, or created where the link dangles.
-    if os.path.islink(path):
-        path = os.path.realpath(path)
-    return os.path.join(os.path.dirname(path), f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
+    folder = os.path.dirname(_target(path))
+    return os.path.join(folder, f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
 
 
 def _remove(path: str) -> None:
@@ -2633,15 +2621,15 @@ def _remove(path: str) -> None:
 
 def _is_shared(status: os.stat_result) -> bool:
     """Return whether a rename would leave a file's old content for others who have the file."""
-    if status.st_nlink != 1:
+    if status.st_nlink > 1:  # it has none when another process has just replaced it
         return True
     # A shell or a host program has it open, as with `> out` or `/dev/fd/3`.
     for descriptor in range(256):  # more than a shell's redirections use
         try:
             if os.path.samestat(status, os.fstat(descriptor)):
                 return True
-        except OSError:
-            pass  # there is no such descriptor
+        except OSError as error:
+            _let_through(error)  # else there is no such descriptor
     return False
 
 
@@ -2663,6 +2651,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         try:
             descriptor = os.open(temporary, _NEW_FILE, 0o666)  # less what the umask takes
         except OSError as error:
+            _let_through(error)
             if error.errno in fatal:
                 raise
             return False
@@ -2675,8 +2664,9 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
                 os.chmod(descriptor, stat.S_IMODE(old.st_mode))
             _write_all(descriptor, make_pieces())
         try:
-            os.replace(temporary, os.path.realpath(path))
+            os.replace(temporary, _target(path))
         except OSError as error:  # a mounted file, or another's in a folder such as /tmp
+            _let_through(error)
             if error.errno in fatal:
                 raise
             return False
@@ -2867,6 +2857,7 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         try:
             os.chdir(args.chdir)
         except (OSError, ValueError) as error:
+            _let_through(error)
             raise ConfigError(f"--chdir {args.chdir}: {_reason_of(error)}") from None
     result = None if args.quiet else _Result(args.output)
     functions = {
@@ -2906,12 +2897,20 @@ def _finish_run(
     args: argparse.Namespace, result: _Result | None, document: Document, report: _Reporter
 ) -> int:
     """Write a run's result and return the container's exit code, as far as it is one."""
+    failure = None
     try:
         _write_result(args, result, document)
-    finally:
-        # After a signal nothing waits for a reader any more.
-        if args.format == "text" and result is not None and not report.process.signal_number:
+    except _OutputError as error:
+        failure = error
+    try:
+        if args.format == "text" and result is not None:
             report.run_ended(document, result.is_on_terminal())
+    except _OutputError as error:
+        if failure is None:
+            raise
+        failure.reason += f"; {error.reason}"
+    if failure is not None:
+        raise failure
     code = document.get("exit_code")
     # True is 1, too, and 37.0 is 37: what is not an integer in JSON must not become an exit code.
     if type(code) is not int:
@@ -2932,6 +2931,8 @@ def console() -> NoReturn:
         try:
             if code is None:
                 code = _main(None, process, is_own=True)
+                if process.is_mute and code == process.failure_code:
+                    raise MemoryError
             process.end(code)
         except KeyboardInterrupt as interrupt:
             code = getattr(interrupt, "exit_code", 130)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.client
 import importlib.util
@@ -20,11 +21,12 @@ from typing import Any, NamedTuple
 import pytest
 
 import bus_containers
-from hostile import Api, Connection, Hostile, Script, message
+from hostile import Api, Connection, Hostile, Script, answer, message, reset
 from support import (
     BODIES,
     CANARY,
     DOCUMENTS,
+    Env,
     InProcess,
     Program,
     Result,
@@ -332,16 +334,41 @@ def test_a_stream_that_compresses(cli: InProcess, api: Api, folder: Path) -> Non
     assert gzip.decompress((folder / "out.gz").read_bytes()) == PRINTED
 
 
-def test_no_memory_for_a_message(cli: InProcess, api: Api) -> None:
-    """A warning is not worth more than the run; an error must be told, if only by `console`."""
+MUTE = """
+import bus_containers, sys
+def write(self, text):
+    raise MemoryError
+sys.stderr = type("Stream", (), {"write": write, "flush": lambda self: None})()
+bus_containers.console()
+"""
 
-    def write(_: str) -> None:
-        raise MemoryError
 
-    api.answers({**DOCUMENTS["run"], "exit_code": 127})
-    assert cli(*RUN, at=api, stderr=Stream({"write": write})).code == 127
-    with pytest.raises(MemoryError):
-        cli("no-command", stderr=Stream({"write": write}))
+def test_no_memory_for_a_message(program: Program, api: Api, serve: Serve) -> None:
+    """A message is not worth more than a result, but the last one is told by other means."""
+    host = Program([sys.executable, "-c", MUTE], program.home)
+    env: Env = {"PYTHONPATH": os.path.dirname(str(bus_containers.__file__))}
+    document = {**DOCUMENTS["run"], "exit_code": 127}
+    assert host(*RUN, at=api.answers(document), env=env)[:3] == (127, as_json(document), b"")
+    server = serve(answer(b"{}"), answer(b"{}", "403 Forbidden"), answer(b"{}"))
+    result = host("-f", "text", "delete", "a", "bad", "c", at=server, env=env)
+    assert result[:2] == (1, b"deleted a\ndeleted c\n")
+    check_failure(host(*RUN, at=serve(reset()), env=env), 125, "out of memory")
+
+
+def test_both_reasons_where_the_container_s_words_are_lost(cli: InProcess, api: Api) -> None:
+    """Promise 6.13."""
+
+    def write(text: str) -> None:
+        if "bad" in text:
+            raise OSError(errno.EMSGSIZE, "Message too long")
+        stream.text += text
+
+    stream = Stream({"write": write})
+    api.answers({**DOCUMENTS["run"], "stdout": "good", "stderr": "bad"})
+    result = cli("-f", "text", "-o", "/dev/full", *RUN, at=api, stderr=stream)
+    assert result[:2] == (125, b"good")
+    for reason in ("cannot write to /dev/full: ", "the result is on standard output", "too long"):
+        assert reason in stream.text
 
 
 def no_write(text: str) -> None:

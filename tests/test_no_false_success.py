@@ -255,6 +255,7 @@ DELETIONS = [
                  "HTTP 404 not_found")
         for status in (404, 503)
     ),
+    Deletion("206-cut-then-404", (raw(message(b"{", "206 Partial", length=9)), GONE), "HTTP 404"),
     Deletion("lost-then-404-cut-then-404", (reset(), raw(b"HTTP/1.1 404 X\r\nVi"), GONE)),
     Deletion("502-504-404", (answer(b"", "502 X"), answer(b"", "504 X"), GONE), "HTTP 404"),
     # Not about the run: a gateway has no such route, or a page for what it does not know.

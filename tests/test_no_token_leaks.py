@@ -213,6 +213,14 @@ def test_a_token_where_a_long_text_is_cut(cli: InProcess, api: Api) -> None:
     assert CANARY[:10] not in result.message
 
 
+def test_tokens_in_more_text_than_is_looked_through(cli: InProcess, api: Api) -> None:
+    """Where it is cut, a token would be; and what is redacted before that shortens it."""
+    token = "t0ken" * 800
+    api.answers({"error": f"{'x' * 99}{token * 300}"})
+    result = cli("status", at=api, env={"BUS_AI_TOKEN": token})
+    assert "the answer is an error: ..." in check_failure(result, 1)
+
+
 def test_a_token_in_a_long_word_of_the_command_line(cli: InProcess) -> None:
     for length in range(0, bus_containers._MAX_QUOTED + 8, 8):
         value = "x" * length + CANARY

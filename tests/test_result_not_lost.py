@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+import bus_containers
 from hostile import (
     Api,
     Connection,
@@ -466,6 +467,32 @@ def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
 
 
 # --- what cannot be written goes to standard output: 6.13 -------------------------------------
+
+
+def test_a_file_that_was_replaced_a_moment_ago_is_not_shared(tmp_path: Path) -> None:
+    """Beside another writer it may have no link at all, and is to be renamed over all the same."""
+    with open(tmp_path / "out", "wb") as file:
+        os.unlink(file.name)
+        status = os.fstat(file.fileno())
+    assert status.st_nlink == 0
+    assert not bus_containers._is_shared(status)
+
+
+DEEP = """
+import os, sys
+for _ in range(20):
+    os.mkdir("d" * 250)
+    os.chdir("d" * 250)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_a_folder_whose_name_is_too_long(program: Program, api: Api, tmp_path: Path) -> None:
+    """It can be worked in; the same holds below a folder of others that may not be searched."""
+    deep = Program([sys.executable, "-c", DEEP, *program.command[1:]], program.home, tmp_path)
+    result = deep("-o", "out", *RUN, at=api)
+    assert (result.code, result.err) == (0, b"")
+    assert result.out == b""
 
 
 def test_a_full_device(cli: InProcess, api: Api) -> None:

@@ -470,6 +470,29 @@ def test_a_message_that_was_cut_does_not_run_into_the_next_one(cli: InProcess) -
     assert [json.loads(line)["status"] for line in lines] == [403, 403]
 
 
+@second_tier
+def test_the_container_s_words_come_after_a_message_that_was_cut(cli: InProcess) -> None:
+    reader, writer = os.pipe()
+    fill(writer)
+    shown = bytearray(os.read(reader, 4096))
+    late_reader = threading.Timer(1.5, lambda: shown.extend(read_to_end(reader)))
+    late_reader.start()
+    document = {**RESULT, "exit_code": 127, "stderr": "boom\n"}
+    with Hostile(answer(json.dumps(document).encode())) as server:
+        result = cli("-f", "text", "run", "y" * 5000, at=server, stderr=writer)
+    assert result.code == 127
+    os.close(writer)
+    late_reader.join(LIMIT)
+    lines = shown.lstrip(b"x").splitlines()
+    assert lines[0].startswith(b"bus-containers: warning: ")
+    assert lines[1] == b"boom"
+
+
+def read_to_end(descriptor: int) -> bytes:
+    with open(descriptor, "rb") as file:
+        return file.read()
+
+
 def test_a_message_on_a_terminal_without_a_free_descriptor(
     cli: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,6 +278,26 @@ def test_a_broken_handshake_never_sent_the_run(script: Script, cli: InProcess) -
     assert 1 <= server.connections <= (3 if is_end else 1)
 
 
+def test_a_refused_certificate_is_told_though_the_server_is_gone(
+    cli: InProcess, certificates: Certificates
+) -> None:
+    """Our alert cannot be sent, which is not what is to be mended."""
+
+    def script(connection: Connection) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        incoming.write(connection.sock.recv(65536))
+        tls = certificates.context(certificates.good).wrap_bio(incoming, outgoing, server_side=True)
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        connection.send(outgoing.read())
+        connection.reset()
+
+    with Hostile(script, scheme="https") as server:
+        result = cli(*RUN, at=server, env={"SSL_CERT_FILE": str(certificates.other_ca)})
+    assert "TLS: the certificate is refused" in check_failure(result, 125)
+    assert server.connections == 1
+
+
 def test_plain_http_to_a_port_for_https(cli: InProcess, server: Hostile) -> None:
     url = server.url.replace("https:", "http:")
     result = cli("--api-url", url, *RUN, env={"BUS_AI_TOKEN": CANARY})
