@@ -1183,7 +1183,6 @@ class _Attempt(io.RawIOBase):
         # for as long as a server sends messages that it skips, such as HelloRequest or tickets.
         import ssl
         while True:
-            result: Any = None
             failure: Any = None
             try:
                 result = operation(*arguments)
@@ -1195,6 +1194,7 @@ class _Attempt(io.RawIOBase):
                 while left:
                     left = left[self._wait_for(self.sock.send, left) :]
             except OSError as error:
+                _let_through(error)
                 failure = failure or error
             if failure is None:
                 return result

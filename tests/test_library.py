@@ -375,7 +375,7 @@ def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve:
     [
         ("__import__", TimeoutError()), ("acquire", RuntimeError()), ("register", OSError()),
         ("load_verify_locations", TimeoutError()), ("do_handshake", TimeoutError()),
-        ("send", ConnectionAbortedError()), ("recv", TimeoutError()),
+        ("send", ConnectionAbortedError()), ("send", TimeoutError()), ("recv", TimeoutError()),
         ("connect", TimeoutError()), ("decode", MemoryError()), ("raw_decode", ValueError()),
     ],
     ids=str,
@@ -396,7 +396,8 @@ def test_a_host_s_handler_at_any_step(
             signal.raise_signal(signal.SIGALRM)
 
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
-    tls = certificates.context(certificates.good) if name != "send" else None
+    is_plain = isinstance(error, ConnectionAbortedError)
+    tls = None if is_plain else certificates.context(certificates.good)
     server = serve(answer(BODIES["run"]), tls=tls)
     with handler(error):
         sys.setprofile(hit)
