@@ -278,10 +278,11 @@ ERRORS: list[tuple[bytes, dict[str, object]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("hasty")
 def test_the_errors_of_each_call(client: Client, api: Api) -> None:
     calls: dict[str, Callable[[Client], object]] = {
         "status": lambda client: client.status(),
-        "run": lambda client: client.run(["true"], timeout=0.2),
+        "run": lambda client: client.run(["true"]),
         "runs": lambda client: client.runs(),
         "delete": lambda client: client.delete("run-1"),
     }
@@ -299,7 +300,7 @@ def test_the_errors_of_each_call(client: Client, api: Api) -> None:
             assert failed.run_state == ("refused" if name == "run" else None)
             assert "402" in str(failed)
         with refused_port() as port, pytest.raises(TransportError) as lost:
-            call(Client(f"http://127.0.0.1:{port}", "t0ken", timeout=0.2))
+            call(Client(f"http://127.0.0.1:{port}", "t0ken"))
         assert lost.value.run_state == ("not_sent" if name == "run" else None)
         assert lost.value.retryable is True
         assert "still be executing" not in str(lost.value)
