@@ -999,7 +999,6 @@ _SOCKET_OPTIONS = [
 
 class _Attempt(io.RawIOBase):
     """One connection, with what it knows of a run."""
-
     # It is also the socket and the raw stream of http.client, which calls all from `sendall` on.
     # All but the look-up of a name happens in the caller's thread. So there is nobody who could
     # still send something after the caller has given up, by a deadline or by any number of signals.
@@ -1223,7 +1222,6 @@ class _Attempt(io.RawIOBase):
         return request
 
     def _converse(self) -> _Answer:
-        """Send the request over the open connection, and read the answer."""
         import http.client
         import urllib.request
         exchange = self.exchange
@@ -1648,7 +1646,6 @@ _ALIASES = {
 
 
 def _items(command: str, document: Any) -> list[Document]:
-    """Return the objects of a command's document, each of which gets a row."""
     items = document
     if command in ("status", "runs"):
         items = document.get("items", [document.get("status")])
@@ -1876,7 +1873,6 @@ _DESCRIPTION = (
 
 
 def _exit_codes_of(command: str | None) -> list[tuple[str, str]]:
-    """Return the exit codes of a command, or all of them, with their descriptions."""
     failure_codes = {row.failure_code for name, row in _COMMANDS.items() if command in (None, name)}
     return [(code, text) for wanted, code, text in _EXIT_CODES if wanted in (0, *failure_codes)]
 
@@ -1923,7 +1919,6 @@ def _options_section(owner: str) -> str:
 
 
 def _page(command: str | None) -> str:
-    """Return the page of help of a command or of the program, in the sections of a manual page."""
     names = [command] if command else list(_COMMANDS)
     if command:
         row = _COMMANDS[command]
@@ -2251,6 +2246,7 @@ class _Process:
         self.signal_time = 0.0
         self.is_writing = False  # a message
         self.is_mute = False  # as there was no memory for the last one
+        self.reserve = b""  # of memory, to tell with that there is no more
 
     def prepare(self) -> None:
         import gc
@@ -2262,6 +2258,7 @@ class _Process:
         # SIGTERM has to take the line of progress away, and to tell what is known of a run.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._interrupt)
+        self.reserve = bytes(2 * _IO_BYTES)
         gc.disable()  # what it makes lives to its end, and collecting slows large answers down
         # Where one of these is closed, the next socket would get its number. The folder / takes its
         # place, as nothing can be written to that, not by way of /dev/stdout either.
@@ -2521,7 +2518,6 @@ class _Reporter(_Observer):
 
 class _Result:
     """Where the result goes, standard output or a file; proved to be open before the request."""
-
     # For a file, the result is written to a new one in the same folder, which is then renamed to
     # its path. So the path holds its old content or one whole result at any moment. Where that is
     # impossible (a device, a FIFO, a hard link, a file of another owner, a folder that cannot be
@@ -2619,9 +2615,13 @@ def _remove(path: str) -> None:
         pass  # it never was there, or has its final name by now
 
 
-def _is_shared(status: os.stat_result) -> bool:
+def _is_shared(path: str, status: os.stat_result) -> bool:
     """Return whether a rename would leave a file's old content for others who have the file."""
     if status.st_nlink > 1:  # it has none when another process has just replaced it
+        return True
+    # In /proc the text of a link need not be a path of what it names.
+    target = _target(path)
+    if target != path and not (os.path.exists(target) and os.path.samefile(path, target)):
         return True
     # A shell or a host program has it open, as with `> out` or `/dev/fd/3`.
     for descriptor in range(256):  # more than a shell's redirections use
@@ -2638,18 +2638,19 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
     import errno
     # Where there is no room for a new file, there may be none to overwrite the old one.
     fatal = [errno.ENOSPC, errno.EDQUOT]
+    mode = 0o600  # nobody else may open it before it has that of the old file
     try:
         old = os.stat(path)
     except FileNotFoundError:
-        old = None
+        old, mode = None, 0o666  # less what the umask takes
         fatal += errno.errorcode  # every one, as there is no old one
-    if old is not None and (not stat.S_ISREG(old.st_mode) or _is_shared(old)):
+    if old is not None and (not stat.S_ISREG(old.st_mode) or _is_shared(path, old)):
         return False
     # A signal may come at any moment, so the name is known before there is a file of it.
     temporary = _name_beside(path)
     try:
         try:
-            descriptor = os.open(temporary, _NEW_FILE, 0o666)  # less what the umask takes
+            descriptor = os.open(temporary, _NEW_FILE, mode)
         except OSError as error:
             _let_through(error)
             if error.errno in fatal:
@@ -2925,7 +2926,6 @@ def console() -> NoReturn:
     process = _Process()
     sys.unraisablehook = process.report_unraisable
     code: int | None = None
-    reserve = bytes(2 * _IO_BYTES)  # of memory, to tell with that there is no more
     # After an interrupt between the end of _main and of the process, only the end is left to do.
     while True:
         try:
@@ -2938,7 +2938,7 @@ def console() -> NoReturn:
             code = getattr(interrupt, "exit_code", 130)
             process.signal_number = process.signal_number or code - 128
         except BaseException:  # noqa: BLE001 - memory, say, that ran out again amid a message
-            del reserve
+            process.reserve = b""
             try:
                 if _is_writable(2, _PATIENCE_SECONDS):
                     os.write(2, _LAST_WORDS)

@@ -471,11 +471,33 @@ def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
 
 def test_a_file_that_was_replaced_a_moment_ago_is_not_shared(tmp_path: Path) -> None:
     """Beside another writer it may have no link at all, and is to be renamed over all the same."""
-    with open(tmp_path / "out", "wb") as file:
-        os.unlink(file.name)
+    path = str(tmp_path / "out")
+    with open(path, "wb") as file:
+        os.unlink(path)
         status = os.fstat(file.fileno())
     assert status.st_nlink == 0
-    assert not bus_containers._is_shared(status)
+    assert not bus_containers._is_shared(path, status)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="links that are no paths are those of /proc")
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_file_that_another_process_has_open(
+    is_named: bool, cli: InProcess, api: Api, folder: Path
+) -> None:
+    """Its link in /proc says how it was called. A name that it still has is renamed over."""
+    with open(folder / "out", "wb") as file:
+        holder = subprocess.Popen(["sleep", "60"], stdout=file)
+    if not is_named:
+        (folder / "out").unlink()
+    path = Path(f"/proc/{holder.pid}/fd/1")
+    try:
+        assert cli("-o", str(path), *RUN, at=api).code == 0
+        found = folder / "out" if is_named else path
+        assert found.read_bytes() == as_json(DOCUMENTS["run"])
+    finally:
+        holder.kill()
+        holder.wait()
+    assert os.listdir(folder) == (["out"] if is_named else [])
 
 
 DEEP = """
