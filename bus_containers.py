@@ -134,7 +134,7 @@ def _let_through(error: BaseException) -> None:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         frame, trace = trace.tb_frame, trace.tb_next
-        for value in [*trace.tb_frame.f_locals.values()][:3]:  # its arguments come first
+        for value in trace.tb_frame.f_locals.values():
             # A handler's second argument is the frame that it broke into.
             if value is frame or (isinstance(value, tuple) and frame in value):
                 raise error
@@ -1192,9 +1192,9 @@ class _Attempt(io.RawIOBase):
             try:
                 while left:
                     left = left[self._wait_for(self.sock.send, left) :]
-            except OSError as error:
-                _let_through(error)
-                failure = failure or error
+            except OSError:
+                if failure is None or isinstance(failure, ssl.SSLWantReadError):
+                    raise  # else the failure says more than that its alert cannot be sent
             if failure is None:
                 return result
             if not isinstance(failure, ssl.SSLWantReadError):
@@ -2931,7 +2931,7 @@ def console() -> NoReturn:
         try:
             if code is None:
                 code = _main(None, process, is_own=True)
-                if process.is_mute and code == process.failure_code:
+                if process.is_mute and (process.signal_number or code == process.failure_code):
                     raise MemoryError
             process.end(code)
         except KeyboardInterrupt as interrupt:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import os
@@ -343,10 +344,14 @@ def handler(error: BaseException, *, is_wrapped: bool = False) -> Iterator[None]
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         raise error
 
+    def late(_a: int, _b: int, _c: int, _number: int, _frame: object) -> None:
+        expire(_number, _frame)
+
     def wrapped(*arguments: Any) -> None:
         expire(*arguments)
 
-    before = signal.signal(signal.SIGALRM, wrapped if is_wrapped else expire)
+    form = wrapped if is_wrapped else functools.partial(late, 1, 2, 3)
+    before = signal.signal(signal.SIGALRM, form)
     try:
         with pytest.raises(type(error)) as caught:
             yield
