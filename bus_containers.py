@@ -431,7 +431,8 @@ def _load_modules(api_url: str) -> dict[str, Any]:
 
 
 def _run_request(
-    command: Sequence[str], profile: str | None, image: str | None, timeout_seconds: int | None
+    command: Sequence[str], profile: str | None, image: str | None,
+    timeout_seconds: int | None,
 ) -> Document:
     """Return the body of a run's request. Raises ConfigError in the words of `Client.run`."""
     # The command line calls this as well, to report what is wrong before it looks for a token.
@@ -881,7 +882,8 @@ class _Exchange:
         self.retries = client._retries
         self.was_lost = False  # whether a connection was lost when the API may have done its part
         self.secrets = [self.token, self.token.strip(_QUOTES)]
-        self.peer, self.proxy_name, self.proxy_login = self.url, "", ""
+        self.peer = self.url
+        self.proxy_name, self.proxy_login = "", ""
         proxy = resolve_proxy(client.api_url, self.environ)
         if proxy:
             self.peer = urllib.parse.urlsplit(proxy)
@@ -939,8 +941,8 @@ class _Exchange:
         raise self.error(DeadlineError, text, "`timeout` sets the limit", retryable=True)
 
     def error(
-        self, error_class: type[TransportError | ProtocolError], reason: str, advice: str = "", *,
-        retryable: bool = False,
+        self, error_class: type[TransportError | ProtocolError],
+        reason: str, advice: str = "", *, retryable: bool = False,
     ) -> BusContainersError:
         return error_class(f"{self.where}: {reason}", advice, retryable=retryable)
 
@@ -1009,6 +1011,7 @@ class _Attempt(io.RawIOBase):
         self.tls: Any = None  # ssl's object
         self.tls_version = ""
         self.received_bytes = 0  # of an answer
+        self.has_ended = False  # by the peer
         self.max_bytes = _MAX_ANSWER_BYTES
         self.is_tunnelled = False  # by a proxy, which has done its work then
         self.may_be_done = False  # what the request asks for
@@ -1332,6 +1335,7 @@ class _Attempt(io.RawIOBase):
                 count = self._through_tls(self.tls.read, len(buffer), buffer)
             except (ssl.SSLEOFError, ssl.SSLSyscallError):  # the latter from OpenSSL 1.1
                 pass  # some servers end without a word; the answer's length shows what is cut
+        self.has_ended = not count
         if count and not self.received_bytes:
             self.may_be_done = False  # until a head says so
         # Counted here, as http.client takes a chunk of length -1 for all up to the end.
@@ -1529,11 +1533,14 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
             return error
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
         return _error_of_connecting(attempt, failure, reason)
-    is_lost = isinstance(failure, (OSError, http.client.IncompleteRead))
-    advice = _https_hint(attempt, is_lost)
+    is_lost = isinstance(failure, OSError)
+    if isinstance(failure, http.client.IncompleteRead):
+        is_lost = attempt.has_ended
+        reason = "the answer was cut short" if is_lost else "a chunk has no length"
+    # Where a part of an answer came that is HTTP, the port speaks that.
+    is_http = attempt.received_bytes > 0 and type(failure) is not http.client.BadStatusLine
+    advice = _https_hint(exchange, is_http)
     if is_lost:
-        if not isinstance(failure, OSError):
-            reason = "the answer was cut short"
         exchange.was_lost |= attempt.may_be_done
         text = f"the connection was lost: {reason}"
         return exchange.error(TransportError, text, advice, retryable=True)
@@ -1545,11 +1552,8 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     return exchange.error(ProtocolError, text, advice)
 
 
-def _https_hint(attempt: _Attempt, is_lost: bool) -> str:
-    exchange = attempt.exchange
-    is_plain = exchange.url.scheme == "http" and not exchange.proxy_name
-    # Where a part of an answer came before the connection was lost, the port speaks plain HTTP.
-    if is_plain and not (is_lost and attempt.received_bytes):
+def _https_hint(exchange: _Exchange, is_http: bool) -> str:
+    if exchange.url.scheme == "http" and not exchange.proxy_name and not is_http:
         return "is this port for https?"
     return ""
 
@@ -1750,7 +1754,8 @@ _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
 class _Command:
     """A row of the table of commands."""
     def __init__(
-        self, method: str, failure_code: int, columns: str, summary: str, description: str,
+        self, method: str, failure_code: int, columns: str,
+        summary: str, description: str,
         arguments: Sequence[tuple[str, bool, bool, str]],
         examples: Sequence[tuple[str, str]],
     ) -> None:
@@ -1990,7 +1995,8 @@ def _opencli_command(command: str, row: _Command) -> Document:
     # Go programs read a code as an integer. The container's own has no number.
     codes = [(int(code), text) for code, text in _exit_codes_of(command) if code.isdigit()]
     return {
-        "name": command, "summary": row.summary, "description": " ".join(row.description.split()),
+        "name": command, "summary": row.summary,
+        "description": " ".join(row.description.split()),
         "usage": _usage(command), "options": options,
         "arguments": _objects("name required repeatable description", row.arguments),
         "exitCodes": _objects("code description", codes),
@@ -2397,14 +2403,15 @@ class _Reporter(_Observer):
 
     def error(self, error: BusContainersError, command: str | None) -> None:
         """Print an error, in the command line's words, with what is known of a run."""
-        self.process.is_writing = True  # until _write ends, so that no signal takes it away
         self.has_failed = True
+        if isinstance(error, _ReaderLeftError):
+            return
+        self.process.is_writing = True  # until _write ends, so that no signal takes it away
         if isinstance(error, _UsageError):
             topic = f"{command} " if command in _COMMANDS else ""
             hint = f"see `{_PROGRAM} {topic}--help`"
             error.advice = f"{error.advice}; {hint}" if error.advice else hint
         self.speak_of_options(error, command)
-        fields: Document = {}
         if self.deleted and error.kind in ("interrupted", "output"):
             ids = [document["run_id"] for document in self.deleted]
             self.outcome = f"deleted: {' '.join(ids)}"
@@ -2412,8 +2419,9 @@ class _Reporter(_Observer):
             error.reason += f"; {self.outcome}"
         if command == "run":
             error.run_state = error.run_state or self.run_state  # on which its text depends
-            fields = {"run_state": error.run_state}
-        document = {**error.as_document(), **fields}
+        document = error.as_document()
+        if command == "run":
+            document["run_state"] = error.run_state
         self._print(error.kind, str(error), document)
 
     def speak_of_options(self, error: BusContainersError, command: str | None) -> None:
@@ -2636,8 +2644,8 @@ def _is_shared(path: str, status: os.stat_result) -> bool:
 def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
     import errno
-    # Where there is no room for a new file, there may be none to overwrite the old one.
-    fatal = [errno.ENOSPC, errno.EDQUOT]
+    # There may be no room to overwrite the old one, either, or another one is in its place.
+    fatal = [errno.ENOSPC, errno.EDQUOT, errno.ENOENT]
     mode = 0o600  # nobody else may open it before it has that of the old file
     try:
         old = os.stat(path)
@@ -2764,7 +2772,8 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     target = args.image or args.profile or _DEFAULT_PROFILE
     report.show_progress(f"{within}  {target}: {' '.join(args.words)}")
     document = client.run(
-        args.words, profile=args.profile, image=args.image, timeout_seconds=limit, timeout=timeout
+        args.words, profile=args.profile, image=args.image,
+        timeout_seconds=limit, timeout=timeout,
     )
     code = document.get("exit_code")
     if code in (126, 127):
@@ -2826,8 +2835,6 @@ def _main(argv: Sequence[str] | None, process: _Process, *, is_own: bool) -> int
                 if word != word.encode(errors="replace").decode():
                     raise _UsageError(f"argument {number} is not valid UTF-8")
             return _execute(_parse(command, options, words), report)
-        except _ReaderLeftError:
-            return process.failure_code
         except BusContainersError as error:
             report.error(error, command)
             return 2 if isinstance(error, _UsageError) else process.failure_code
@@ -2875,10 +2882,15 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
             code = report.interrupt(interrupt, args.command)  # first: the list may have to wait
             _write_result(args, result, report.deleted)
             return code
+        try:
+            _write_result(args, result, document)
+        except _OutputError as error:
+            # Before what the container said, which may wait for its reader, or fill the disk.
+            report.error(error, args.command)
+        code = 0
         if args.command == "run":
-            return _finish_run(args, result, document, report)
-        _write_result(args, result, document)
-        return report.process.failure_code if report.has_failed else 0
+            code = _finish_run(args, result, document, report)
+        return report.process.failure_code if report.has_failed else code
     finally:
         try:
             if result is not None:
@@ -2897,21 +2909,9 @@ def _write_result(args: argparse.Namespace, result: _Result | None, document: An
 def _finish_run(
     args: argparse.Namespace, result: _Result | None, document: Document, report: _Reporter
 ) -> int:
-    """Write a run's result and return the container's exit code, as far as it is one."""
-    failure = None
-    try:
-        _write_result(args, result, document)
-    except _OutputError as error:
-        failure = error
-    try:
-        if args.format == "text" and result is not None:
-            report.run_ended(document, result.is_on_terminal())
-    except _OutputError as error:
-        if failure is None:
-            raise
-        failure.reason += f"; {error.reason}"
-    if failure is not None:
-        raise failure
+    """Print what is for standard error, and return the container's exit code, if it is one."""
+    if args.format == "text" and result is not None:
+        report.run_ended(document, result.is_on_terminal())
     code = document.get("exit_code")
     # True is 1, too, and 37.0 is 37: what is not an integer in JSON must not become an exit code.
     if type(code) is not int:

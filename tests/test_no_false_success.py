@@ -207,6 +207,7 @@ UNAVAILABLE = answer(b'{"error":{"type":"unavailable","message":"m"}}', "503 Una
 
 
 CHUNKED_204 = b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED_200 = CHUNKED_204.replace(b"204 No Content", b"200 OK")
 
 
 def says_of(document: object) -> Script:
@@ -242,6 +243,8 @@ DELETIONS = [
     # Only where a connection was lost may an earlier try have done it.
     Deletion("lost-then-404", (reset(), GONE)),
     Deletion("cut-then-404", (reset(message(b"{", length=9)), GONE)),
+    Deletion("chunk-cut-then-404", (raw(CHUNKED_200 + b"9\r\n{"), GONE)),
+    Deletion("bad-chunk", (raw(CHUNKED_200 + b"zz\r\n"),), "a chunk has no length"),
     Deletion("lost-then-503-then-404", (reset(), UNAVAILABLE, GONE)),
     Deletion("503-then-lost-then-404", (UNAVAILABLE, close(), GONE)),
     Deletion("503-then-404", (UNAVAILABLE, GONE), "HTTP 404 not_found"),

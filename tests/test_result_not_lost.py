@@ -479,6 +479,23 @@ def test_a_file_that_was_replaced_a_moment_ago_is_not_shared(tmp_path: Path) -> 
     assert not bus_containers._is_shared(path, status)
 
 
+def test_a_hidden_file_that_somebody_removes(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The old file is not overwritten for that, where readers would see parts of the new one."""
+    make_output("old", folder)
+
+    def pieces() -> Iterator[str]:
+        yield "new"
+        for hidden in folder.glob(".*"):
+            hidden.unlink()
+
+    with pytest.raises(bus_containers._OutputError, match="the result is on standard output"):
+        bus_containers._Result(str(folder / "out")).write(pieces)
+    assert capfd.readouterr().out == "new"
+    assert tree(folder) == {"out": OLD}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="links that are no paths are those of /proc")
 @pytest.mark.parametrize("is_named", [False, True])
 def test_a_file_that_another_process_has_open(
@@ -634,6 +651,19 @@ def test_no_place_for_the_result_of_a_finished_run(
         assert first == "cannot write to /dev/full: No space left on device"
         assert "standard output" in second
         assert third == "run run-1 ended with exit code 37"
+
+
+def test_why_a_result_is_lost_comes_before_what_the_container_said(
+    cli: InProcess, api: Api, streams: dict[str, int | None]
+) -> None:
+    """Which may wait for its reader, or fill the disk."""
+    api.answers({**RESULT, "stderr": "its words\n"})
+    result = cli("-o", "/dev/full", "-f", "text", *RUN, at=api, stdout=streams["full"])
+    reasons, *rest = result.err.decode().splitlines()
+    assert result.code == 125
+    for part in ("to /dev/full: ", "; cannot write to standard output: ", "; run run-1 ended with"):
+        assert part in reasons
+    assert rest == ["its words", "bus-containers: run run-1 ended with exit code 0 after 7 ms"]
 
 
 # --- standard output: 6.11, 6.13, 6.14 --------------------------------------------------------
