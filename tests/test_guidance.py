@@ -305,6 +305,7 @@ def test_verbose_names_the_source(
     assert proxy.connections == ("{proxy}" in said)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_verbose_has_a_line_for_each_request_and_retry(cli: InProcess, serve: Serve) -> None:
     """And without it nothing is said of them; as objects they have a kind of their own."""
     body = STATUS + b" " * 1234

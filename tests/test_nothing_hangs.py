@@ -367,7 +367,7 @@ def test_wait_goes_on_until_the_platform_is_ready(cli: InProcess, serve: Serve) 
     def go_down(connection: Connection) -> None:
         connection.read_request()
         connection.server.refuse()
-        threading.Timer(0.5, connection.server.listen).start()
+        threading.Timer(0.2, connection.server.listen).start()
         connection.reset()
 
     unavailable = answer(b"{}", "503 Service Unavailable")
@@ -376,13 +376,14 @@ def test_wait_goes_on_until_the_platform_is_ready(cli: InProcess, serve: Serve) 
     assert len(server.requests) == 6
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("name", [".config/bus/auth/api-token", "a-name-of-many-letters.txt"])
 def test_wait_for_a_token_file(name: str, cli: InProcess, api: Api, home: Path) -> None:
     path = home / name
     path.parent.mkdir(parents=True, exist_ok=True)
     (home / "fresh").write_text(CANARY)
     options = ("--token-file", str(path)) if path.parent == home else ()
-    timer = threading.Timer(0.4, (home / "fresh").rename, [path])
+    timer = threading.Timer(0.25, (home / "fresh").rename, [path])
     timer.start()
     waits(cli, api, *options, env={"BUS_AI_TOKEN": None})
     timer.join()
@@ -420,12 +421,13 @@ def test_wait_of_no_time(cli: InProcess, serve: Serve) -> None:
     check_failure(result, 1, "not ready after 0 s: the runner is starting")
 
 
+@pytest.mark.usefixtures("hasty")
 def test_what_a_wait_tells_of_a_token_that_never_comes(cli: InProcess, api: Api) -> None:
     """In the words of the command line, and each line once."""
-    result = cli("-v", "status", "--wait", "1s", at=api, env={"BUS_AI_TOKEN": None})
+    result = cli("-v", "status", "--wait", "300ms", at=api, env={"BUS_AI_TOKEN": None})
     [told, last] = result.message.splitlines()
     assert told.startswith(f"bus-containers: API URL {api.url} from ")
-    assert "not ready after 1 s: no token: looked at --token-file, BUS_AI_TOKEN, " in last
+    assert "not ready after 0.3 s: no token: looked at --token-file, BUS_AI_TOKEN, " in last
 
 
 def changing(seconds: float, before: bytes, first: list[float]) -> Script:

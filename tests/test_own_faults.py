@@ -33,6 +33,7 @@ from support import (
     fill,
     second_tier,
     skip_if,
+    tiers,
 )
 
 RUN = ("run", "--", "true")
@@ -77,6 +78,7 @@ def test_a_file_in_the_way_of_a_module(program: Program, api: Api, tmp_path: Pat
     assert "POST" not in api.methods()
 
 
+FAILING = ["raise SystemExit(0)", "import json; json.surprise"]
 CLIENT = """
 import bus_containers
 try:
@@ -86,7 +88,7 @@ except bus_containers.BusContainersError as error:
 """
 
 
-@pytest.mark.parametrize("script", ["raise SystemExit(0)", "import json; json.surprise", "1 / 0"])
+@pytest.mark.parametrize("script", tiers([*FAILING, "1 / 0"], *FAILING))
 # Messages need select, too, which some Pythons have built in.
 @pytest.mark.parametrize("name", sorted({"json", "select"} - {*sys.builtin_module_names}))
 def test_a_script_in_the_way_that_ends_or_fails(
@@ -189,8 +191,11 @@ def test_a_python_without_the_names_of_https(monkeypatch: pytest.MonkeyPatch) ->
     assert (caught.value.kind, caught.value.run_state) == ("internal", "not_sent")
 
 
-def test_a_standard_error_of_a_high_number(cli: InProcess, api: Api) -> None:
+def test_a_standard_error_of_a_high_number(
+    cli: InProcess, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`select` takes descriptors below 1024 only. Promise 6.9: nobody waits for its reader."""
+    monkeypatch.setattr(bus_containers, "_PATIENCE_SECONDS", 0.2)
     number = 1500
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

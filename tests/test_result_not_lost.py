@@ -421,22 +421,19 @@ def test_an_output_that_is_a_fifo(cli: InProcess, api: Api, serve: Serve, folder
     assert tree(folder) == {"fifo": stat.S_IFIFO}
 
 
-@pytest.mark.parametrize(
-    ("redirection", "path"),
-    [
-        (">>", "/dev/fd/1"),
-        ("1<>", "/dev/fd/1"),
-        ("3>>", "/proc/self/fd/3"),
-        (">>", "link"),
-        (">>", "//dev/stdout"),
-        ("3>>", "//dev/fd/3"),
-        (">>", "out"),
-    ],
-)
+# How a shell opens the file, and the path that leads to it.
+REDIRECTED = [
+    ">> /dev/fd/1", "3>> /proc/self/fd/3", ">> link", ">> out",
+    "1<> /dev/fd/1", ">> //dev/stdout", "3>> //dev/fd/3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("redirected", tiers(REDIRECTED, *REDIRECTED[:4]))
 def test_a_redirected_descriptor_by_a_path(
-    redirection: str, path: str, program: Program, api: Api, folder: Path
+    redirected: str, program: Program, api: Api, folder: Path
 ) -> None:
     """As with `> /dev/stdout`: what was there is gone, and what the shell adds is not lost."""
+    redirection, path = redirected.split()
     make_output("old", folder)
     if path == "link":
         (folder / "link").symlink_to("/dev/fd/1")

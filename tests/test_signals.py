@@ -299,7 +299,7 @@ def check_told(posts: int, status: int, out: str, *told: dict[str, Any]) -> None
     assert (one["run_state"] == "unknown") == ("bus-containers delete" in one["text"])
 
 
-@pytest.mark.parametrize("tries", tiers([20, 100], 20))
+@pytest.mark.parametrize("tries", tiers([10, 100], 10))
 @pytest.mark.parametrize("mode", ["steps", "callback"])
 def test_two_signals_at_any_moment(mode: str, tries: int, cli: InProcess) -> None:
     """Promises 6.2, 6.3 and 6.10: nothing is sent after "not sent"; no advice or signal is lost."""
