@@ -1537,7 +1537,6 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, http.client.IncompleteRead):
         is_lost = attempt.has_ended
         reason = "the answer was cut short" if is_lost else "a chunk has no length"
-    # Where a part of an answer came that is HTTP, the port speaks that.
     is_http = attempt.received_bytes > 0 and type(failure) is not http.client.BadStatusLine
     advice = _https_hint(exchange, is_http)
     if is_lost:
@@ -2887,6 +2886,7 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         except _OutputError as error:
             # Before what the container said, which may wait for its reader, or fill the disk.
             report.error(error, args.command)
+            report.tick()  # as above
         code = 0
         if args.command == "run":
             code = _finish_run(args, result, document, report)
