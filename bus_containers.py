@@ -255,7 +255,6 @@ def _internal_error(fault: BaseException) -> _InternalError:
 
 
 def _reason_of(error: BaseException) -> str:
-    """Return what the system says of an error, or at least the error's name."""
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
@@ -463,7 +462,6 @@ def _is_list_of_words(command: Any) -> bool:
 
 
 def _run_timeout(timeout_seconds: int | None) -> float:
-    """Return the default limit of a run's exchange, in seconds."""
     if timeout_seconds:
         return timeout_seconds + _RUN_MARGIN_SECONDS
     return _RUN_TIMEOUT_SECONDS
@@ -533,7 +531,6 @@ def _checked_api_url(url: str, source: str) -> str:
 
 
 def _is_base_url(url: str) -> bool:
-    """Return whether a URL is an origin and a path prefix, of a possible address and port."""
     import re
     match = re.fullmatch(_BASE_URL, url)
     if match is None or not 0 < int(match["port"] or 80) < 65536:
@@ -882,8 +879,7 @@ class _Exchange:
         self.retries = client._retries
         self.was_lost = False  # whether a connection was lost when the API may have done its part
         self.secrets = [self.token, self.token.strip(_QUOTES)]
-        self.peer = self.url
-        self.proxy_name, self.proxy_login = "", ""
+        self.peer, self.proxy_name, self.proxy_login = self.url, "", ""
         proxy = resolve_proxy(client.api_url, self.environ)
         if proxy:
             self.peer = urllib.parse.urlsplit(proxy)
@@ -1190,18 +1186,18 @@ class _Attempt(io.RawIOBase):
                 result = operation(*arguments)
             except ssl.SSLError as error:
                 failure = error
-            # After a failure, too, which an alert tells the server; not after an interrupt.
             left = memoryview(self.outgoing.read())
-            try:
-                while left:
-                    left = left[self._wait_for(self.sock.send, left) :]
-            except OSError:
-                if failure is None or isinstance(failure, ssl.SSLWantReadError):
-                    raise  # else the failure says more than that its alert cannot be sent
+            if failure is not None and not isinstance(failure, ssl.SSLWantReadError):
+                try:
+                    self.sock.settimeout(0)
+                    self.sock.send(left)  # an alert, for which nobody waits
+                except OSError:
+                    pass  # the failure says more
+                raise failure
+            while left:
+                left = left[self._wait_for(self.sock.send, left) :]
             if failure is None:
                 return result
-            if not isinstance(failure, ssl.SSLWantReadError):
-                raise failure
             data = self._wait_for(self.sock.recv, _TLS_BYTES)
             self.incoming.write(data)
             if not data:
@@ -1406,7 +1402,8 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
             exchange.observer.warn("the answer is not all UTF-8: what is not became U+FFFD")
         body.clear()  # it may be large, and the text is as large again
         return _parse_json(text[1:] if text.startswith("\ufeff") else text), ""
-    except MemoryError:
+    except MemoryError as error:
+        _let_through(error)
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
         _let_through(error)
@@ -1633,6 +1630,7 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
     except FileNotFoundError:
         return "does not exist"
     except (OSError, ValueError) as error:
+        _let_through(error)
         return f"cannot be read: {_reason_of(error)}"
     return ""
 
@@ -2071,7 +2069,6 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
 
 
 def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
-    """Return the parser of options that the scanner has spelled out."""
     import argparse
     import functools
     # add_argument makes a formatter, to check a name with. It would ask the terminal for its width
@@ -2250,7 +2247,7 @@ class _Process:
         self.signal_number = 0
         self.signal_time = 0.0
         self.is_writing = False  # a message
-        self.is_mute = False  # as there was no memory for the last one
+        self.is_mute = False  # as there was no memory for one
         self.reserve = b""  # of memory, to tell with that there is no more
 
     def prepare(self) -> None:
@@ -2366,7 +2363,7 @@ class _Reporter(_Observer):
     def receive_run(self, document: Document) -> None:
         import json
         run_id = _shown(_cell(document, "run_id"), self.secrets)
-        code = json.dumps(document.get("exit_code"))
+        code = json.dumps(_redacted_document(document.get("exit_code"), self.secrets))
         self.outcome = f"run {run_id}" if run_id else "the run"
         if code == "null":
             self.outcome += " has no exit code"
@@ -2494,8 +2491,8 @@ class _Reporter(_Observer):
                 document = {"kind": kind, "text": text, **(fields or {})}
                 document.setdefault("message", text)
                 line = json.dumps(_redacted_document(document, self.secrets))
-            except Exception:  # noqa: BLE001, S110 - a json.py in the way hides no error
-                pass
+            except Exception as error:  # noqa: BLE001 - a json.py in the way hides no error
+                _let_through(error)
         self._write(f"{self._erasure()}{line}\n", self.patience_seconds)
         self.drawn = ""
 
@@ -2506,7 +2503,7 @@ class _Reporter(_Observer):
         """Write to standard error, or give up: a result must not wait for one that nobody reads."""
         # After a message that was not taken in time, the next ones do not wait. A signal is seen
         # after a message, not amid it.
-        self.process.is_writing, self.process.is_mute = True, False
+        self.process.is_writing = True
         try:
             data = self.unsent + text.encode("utf-8", "backslashreplace")
             left = _write_in_time(sys.stderr, data, wait_seconds)
@@ -2518,7 +2515,7 @@ class _Reporter(_Observer):
                 self.patience_seconds = 0
         except Exception as error:  # noqa: BLE001 - there is none, it is closed, or a host's own
             _let_through(error)
-            self.process.is_mute = isinstance(error, MemoryError)
+            self.process.is_mute |= isinstance(error, MemoryError)
         finally:
             self.process.is_writing = False
 
@@ -2624,14 +2621,14 @@ def _remove(path: str) -> None:
 
 def _is_shared(path: str, status: os.stat_result) -> bool:
     """Return whether a rename would leave a file's old content for others who have the file."""
-    if status.st_nlink > 1:  # it has none when another process has just replaced it
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # 0: it was just replaced
         return True
     # In /proc the text of a link need not be a path of what it names.
     target = _target(path)
     if target != path and not (os.path.exists(target) and os.path.samefile(path, target)):
         return True
     # A shell or a host program has it open, as with `> out` or `/dev/fd/3`.
-    for descriptor in range(256):  # more than a shell's redirections use
+    for descriptor in range(1024):  # the usual limit of a process
         try:
             if os.path.samestat(status, os.fstat(descriptor)):
                 return True
@@ -2643,15 +2640,15 @@ def _is_shared(path: str, status: os.stat_result) -> bool:
 def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
     import errno
-    # There may be no room to overwrite the old one, either, or another one is in its place.
-    fatal = [errno.ENOSPC, errno.EDQUOT, errno.ENOENT]
+    # Where there is no room for a new file, there may be none to overwrite the old one.
+    fatal = [errno.ENOSPC, errno.EDQUOT]
     mode = 0o600  # nobody else may open it before it has that of the old file
     try:
         old = os.stat(path)
     except FileNotFoundError:
         old, mode = None, 0o666  # less what the umask takes
         fatal += errno.errorcode  # every one, as there is no old one
-    if old is not None and (not stat.S_ISREG(old.st_mode) or _is_shared(path, old)):
+    if old is not None and _is_shared(path, old):
         return False
     # A signal may come at any moment, so the name is known before there is a file of it.
     temporary = _name_beside(path)
@@ -2671,8 +2668,11 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             if old and old.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(old.st_mode))
             _write_all(descriptor, make_pieces())
+        fatal.append(errno.ENOENT)  # somebody has removed the new file, or its folder
         try:
             os.replace(temporary, _target(path))
+            if os.path.islink(path):
+                os.stat(path)  # as `link -> name/` is not the file `name`
         except OSError as error:  # a mounted file, or another's in a folder such as /tmp
             _let_through(error)
             if error.errno in fatal:
@@ -2697,6 +2697,7 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     if proxy:
         via = f"{_redacted_url(proxy)} from {proxy_source}"
     report.explain(f"API URL {url} from {source}; proxy {via}")
+    report.tick()  # for a signal that came amid a message: standard input may have to wait
     token, token_source = resolve_token(args.token_file, os.environ)
     report.secrets.append(token.strip(_QUOTES))
     if report.is_verbose:
@@ -2771,8 +2772,7 @@ def _run(args: argparse.Namespace, report: _Reporter) -> Document:
     target = args.image or args.profile or _DEFAULT_PROFILE
     report.show_progress(f"{within}  {target}: {' '.join(args.words)}")
     document = client.run(
-        args.words, profile=args.profile, image=args.image,
-        timeout_seconds=limit, timeout=timeout,
+        args.words, profile=args.profile, image=args.image, timeout_seconds=limit, timeout=timeout
     )
     code = document.get("exit_code")
     if code in (126, 127):

@@ -364,6 +364,18 @@ def alarm(_: Connection) -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
 
 
+def alarm_at_the_end_of(name: str) -> None:
+    """Let the signal come when a function of Python's own, of this name, ends."""
+
+    def hit(frame: Any, event: str, called: Any) -> None:
+        is_c = event in ("c_return", "c_exception")
+        if name == (called.__name__ if is_c else event == "return" and frame.f_code.co_name):
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGALRM)
+
+    sys.setprofile(hit)
+
+
 @pytest.mark.parametrize("text", ["enough", "timed out"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve: Serve) -> None:
@@ -383,6 +395,7 @@ def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve:
         ("load_verify_locations", TimeoutError()), ("do_handshake", TimeoutError()),
         ("send", ConnectionAbortedError()), ("send", TimeoutError()), ("recv", TimeoutError()),
         ("connect", TimeoutError()), ("decode", MemoryError()), ("raw_decode", ValueError()),
+        ("raw_decode", MemoryError()),
     ],
     ids=str,
 )  # fmt: skip
@@ -393,21 +406,32 @@ def test_a_host_s_handler_at_any_step(
     certificates: Certificates,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Promise 4.9: the signal comes when a function of Python's own ends."""
-
-    def hit(frame: Any, event: str, called: Any) -> None:
-        is_c = event in ("c_return", "c_exception")
-        if name == (called.__name__ if is_c else event == "return" and frame.f_code.co_name):
-            sys.setprofile(None)
-            signal.raise_signal(signal.SIGALRM)
-
+    """Promise 4.9."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
     is_plain = isinstance(error, ConnectionAbortedError)
     tls = None if is_plain else certificates.context(certificates.good)
     server = serve(answer(BODIES["run"]), tls=tls)
     with handler(error):
-        sys.setprofile(hit)
+        alarm_at_the_end_of(name)
         Client(server.url, CANARY).run(["true"], timeout=LIMIT)
+
+
+def test_a_host_s_handler_amid_the_advice_for_a_certificate(
+    serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 4.9."""
+    monkeypatch.setenv("SSL_CERT_DIR", str(certificates.folder))
+    server = serve(silent(), tls=certificates.context(certificates.good))
+    with handler(TimeoutError()):
+        alarm_at_the_end_of("listdir")
+        Client(server.url, CANARY).status()
+
+
+def test_a_host_s_handler_amid_an_object_of_main(cli: InProcess) -> None:
+    """Promise 4.9."""
+    with handler(TimeoutError()):
+        alarm_at_the_end_of("dumps")
+        cli("--error-format", "json", "no-command")
 
 
 @pytest.mark.parametrize("error", [TimeoutError(), ValueError()], ids=["time", "value"])

@@ -229,6 +229,12 @@ def test_a_token_in_a_long_word_of_the_command_line(cli: InProcess) -> None:
         assert CANARY[:8] not in told
 
 
+def test_a_token_that_is_escaped_where_a_number_belongs(cli: InProcess, api: Api) -> None:
+    api.answers({"run_id": "r", "exit_code": "s3cr3t\\/0fAnAccount"})
+    told = cli(*RUN, at=api, env={"BUS_AI_TOKEN": "s3cr3t/0fAnAccount"}).error
+    assert told.endswith('ended with exit code "[redacted]"')
+
+
 def test_a_token_that_begins_as_another_one_does(cli: InProcess) -> None:
     env: Env = {"BUS_AI_TOKEN": CANARY[:10], "BUS_API_TOKEN": CANARY}
     assert "'[redacted]'" in cli("--timeout", CANARY, "status", env=env).error

@@ -476,6 +476,34 @@ def test_a_file_that_was_replaced_a_moment_ago_is_not_shared(tmp_path: Path) -> 
     assert not bus_containers._is_shared(path, status)
 
 
+def test_a_file_of_the_kernel(program: Program, api: Api) -> None:
+    """There can be no other beside it."""
+    path = "/proc/self/comm"
+    skip_if("" if os.path.exists(path) else path)
+    assert program("-o", path, *RUN, at=api)[:3] == (0, b"", b"")
+
+
+def test_a_descriptor_of_a_high_number(cli: InProcess, api: Api, folder: Path) -> None:
+    """Of a host that reads from it afterwards."""
+    number = 300
+    low = os.open(make_output("old", folder), os.O_RDWR)
+    os.dup2(low, number)
+    os.close(low)
+    with open(number, "r+b") as file:
+        assert cli("-o", f"/dev/fd/{number}", *RUN, at=api).code == 0
+        assert file.read() == PRINTED
+
+
+@pytest.mark.parametrize("text", ["target/", "missing/../target"])
+def test_a_link_to_what_no_file_can_be(
+    text: str, cli: InProcess, api: Api, folder: Path
+) -> None:
+    """The kernel finds nothing there, whatever the name comes to."""
+    (folder / "out").symlink_to(text)
+    result = cli("-o", "out", *RUN, at=api)
+    check_saved(result, RESULT, "out", errno.ENOTDIR if text == "target/" else errno.ENOENT)
+
+
 def test_a_hidden_file_that_somebody_removes(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -427,6 +428,23 @@ def test_a_signal_amid_deletions_whose_list_nobody_reads(program: Program) -> No
         process.communicate()
     os.close(reader)
     os.close(writer)
+
+
+def test_a_signal_amid_a_message_before_the_token_is_read(program: Program) -> None:
+    """Promise 6.10: from a standard input that has none yet."""
+    (reader, writer), (token, is_open) = os.pipe(), os.pipe()
+    fill(writer)
+    arguments = ("-v", "--token-file", "-", *RUN)
+    process = program.start(*arguments, stdin=token, stderr=writer)
+    time.sleep(0.5)  # amid the message, as a rule
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(LIMIT) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
+        for descriptor in (reader, writer, token, is_open):
+            os.close(descriptor)
 
 
 def test_a_signal_amid_an_error_takes_no_message_away(program: Program) -> None:

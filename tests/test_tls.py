@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+import bus_containers
 from bus_containers import Client, TransportError
 from hostile import (
     Certificates,
@@ -27,11 +30,13 @@ from hostile import (
 from support import (
     BODIES,
     CANARY,
+    LIMIT,
     Env,
     InProcess,
     Program,
     check_each,
     check_failure,
+    fill,
     pythons,
     second_tier,
     skip_if,
@@ -296,6 +301,23 @@ def test_a_refused_certificate_is_told_though_the_server_is_gone(
         result = cli(*RUN, at=server, env={"SSL_CERT_FILE": str(certificates.other_ca)})
     assert "TLS: the certificate is refused" in check_failure(result, 125)
     assert server.connections == 1
+
+
+def test_nobody_waits_for_room_for_an_alert() -> None:
+    """The failure that it tells of is known, and the server may read no more."""
+    client = bus_containers.Client("https://127.0.0.1:1", CANARY, timeout=LIMIT)
+    attempt = bus_containers._Attempt(bus_containers._Exchange(client, "GET", "status"))
+    attempt.sock, server = socket.socketpair()
+
+    def serve() -> None:
+        server.recv(65536)
+        fill(attempt.sock.fileno())
+        server.sendall(b"\x16\x03\x03\0\x40" + b"g" * 64)
+
+    with attempt.sock, server, ThreadPoolExecutor(1) as pool:
+        pool.submit(serve)
+        with pytest.raises(ssl.SSLError):
+            attempt._start_tls()
 
 
 def test_plain_http_to_a_port_for_https(cli: InProcess, server: Hostile) -> None:
