@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     import http.client
     import urllib.request
     from typing import Any, NoReturn
-
     Document = dict[str, Any]
 else:
     # With these typing.get_type_hints resolves the public signatures, from Python 3.10 on.
@@ -227,7 +226,6 @@ class ApiError(BusContainersError):
 
 
 class _OutputError(BusContainersError):
-    """A result that cannot be written."""
     kind = "output"
 
 
@@ -285,7 +283,6 @@ def _text(fields: Any, name: str) -> str | None:
 
 
 def _is_retryable(status: int) -> bool:
-    """Return whether the same request may succeed later; after a 501 or 505 it will not."""
     is_server_fault = 500 <= status < 600 and status not in (501, 505)
     return is_server_fault or status in (408, 425, 429)
 
@@ -599,7 +596,6 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
 
 
 def _checked_token(text: str, source: str) -> str:
-    """Return a token without the blanks around it, or raise an error that names its source."""
     # Checked here, as http.client's error for a header that it cannot send would quote it.
     import re
     if not isinstance(text, str):
@@ -649,7 +645,6 @@ def _proxy_and_source(url: str, environ: Mapping[str, str]) -> tuple[str | None,
 
 
 def _checked_proxy(proxy: str, source: str) -> str:
-    """Return a proxy's URL in its normal form, or raise an error that names its source."""
     import re
     scheme, separator, rest = proxy.partition("://")
     if not separator:
@@ -1331,6 +1326,9 @@ class _Attempt(io.RawIOBase):
                 count = self._through_tls(self.tls.read, len(buffer), buffer)
             except (ssl.SSLEOFError, ssl.SSLSyscallError):  # the latter from OpenSSL 1.1
                 pass  # some servers end without a word; the answer's length shows what is cut
+            except ssl.SSLError:
+                self.may_be_done = False  # this is no loss of the connection
+                raise
         self.has_ended = not count
         if count and not self.received_bytes:
             self.may_be_done = False  # until a head says so
@@ -1373,7 +1371,6 @@ def _start_connecting(found: Any) -> Any:
 # ---- Answers: an answer to a document, a failure to an error -----------------------------------
 
 def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
-    """Return the document of an answer that can be used, or raise what is wrong with it."""
     is_empty = not answer.body
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
@@ -1534,7 +1531,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, http.client.IncompleteRead):
         is_lost = attempt.has_ended
         reason = "the answer was cut short" if is_lost else "a chunk has no length"
-    is_http = attempt.received_bytes > 0 and type(failure) is not http.client.BadStatusLine
+    is_http = attempt.received_bytes and type(failure) is not http.client.BadStatusLine
     advice = _https_hint(exchange, is_http)
     if is_lost:
         exchange.was_lost |= attempt.may_be_done
@@ -1548,7 +1545,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     return exchange.error(ProtocolError, text, advice)
 
 
-def _https_hint(exchange: _Exchange, is_http: bool) -> str:
+def _https_hint(exchange: _Exchange, is_http: object) -> str:
     if exchange.url.scheme == "http" and not exchange.proxy_name and not is_http:
         return "is this port for https?"
     return ""
@@ -2228,6 +2225,7 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
     descriptor = _descriptor(stream)
     if descriptor is not None:
         _write_all(descriptor, pieces)
+        os.close(os.dup(descriptor))  # NFS tells only then that a quota is exceeded
         return
     for piece in pieces:
         piece = piece.encode("utf-8", "backslashreplace").decode()
@@ -2584,6 +2582,10 @@ class _Result:
                 flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
                 self._held = os.open(self._path, flags)
                 _write_all(self._held, make_pieces())
+                # Messages come behind it where standard error is the same file.
+                messages = _descriptor(sys.stderr)
+                if messages is not None and os.path.sameopenfile(self._held, messages):
+                    os.lseek(messages, 0, os.SEEK_END)
             self.close()  # this may fail as well as a write
             return
         except (OSError, ValueError, MemoryError) as error:
@@ -2686,7 +2688,6 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
 # ---- Commands: each from its options to a document ----------------------------------------------
 
 def _client(args: argparse.Namespace, report: _Reporter) -> Client:
-    """Return the client that options and environment ask for, and explain where they are from."""
     import urllib.parse
     # The URL comes first, so that --verbose shows it where there is no token.
     url, source = _as_usage_error(resolve_api_url, args.api_url, os.environ)
@@ -2859,7 +2860,6 @@ def _decode_argument(word: str) -> str:
 
 
 def _execute(args: argparse.Namespace, report: _Reporter) -> int:
-    """Run a command; return its exit code where it does not fail."""
     if args.chdir is not None:
         try:
             os.chdir(args.chdir)

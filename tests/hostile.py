@@ -615,10 +615,10 @@ class AlertingTls:
             raise ConnectionError("the client left")
         self._in.write(data)
 
-    def read_request(self) -> None:
-        """Read a request whose body is JSON, and count it."""
+    def read_request(self, end: bytes = b"}") -> None:
+        """Read a request, by default one whose body is JSON, and count it."""
         request = b""
-        while not request.endswith(b"}"):
+        while not request.endswith(end):
             try:
                 request += self._tls.read(65536)
             except ssl.SSLWantReadError:

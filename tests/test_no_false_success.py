@@ -11,7 +11,19 @@ from typing import NamedTuple
 import pytest
 
 import bus_containers
-from hostile import Api, Hostile, Script, answer, close, message, raw, reset
+from hostile import (
+    AlertingTls,
+    Api,
+    Certificates,
+    Connection,
+    Hostile,
+    Script,
+    answer,
+    close,
+    message,
+    raw,
+    reset,
+)
 from support import (
     BODIES,
     CANARY,
@@ -285,6 +297,30 @@ def check_deletion(case: Deletion) -> None:
 def test_delete() -> None:
     """Promise 6.16."""
     check_each(check_deletion, DELETIONS, workers=len(DELETIONS))
+
+
+def test_a_failure_of_tls_is_no_lost_connection(
+    serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 6.16: nothing is known of the first request, so a 404 does not mean deleted."""
+
+    def fail(connection: Connection) -> None:
+        tls = AlertingTls(connection, certificates)
+        tls.read_request(b"\r\n\r\n")
+        tls.alert(20)
+        connection.hold()
+
+    def deny(connection: Connection) -> None:
+        tls = AlertingTls(connection, certificates)
+        tls.read_request(b"\r\n\r\n")
+        tls.send(message(b'{"error":{"type":"not_found"}}', "404 Not Found"))
+        connection.hold()
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    server = serve(fail, deny, scheme="https")
+    with pytest.raises(bus_containers.ApiError, match="HTTP 404 not_found"):
+        bus_containers.Client(server.url, CANARY).delete("run-1")
+    assert server.methods() == ["DELETE"] * 2
 
 
 def test_a_run_that_was_gone_at_the_second_try_is_told(cli: InProcess, serve: Serve) -> None:

@@ -445,6 +445,19 @@ def test_a_redirected_descriptor_by_a_path(
     assert {*tree(folder)} <= {"out", "link"}
 
 
+@pytest.mark.parametrize("redirected", ["-o /dev/stdout >out 2>&1", "-o out 2>out"])
+def test_a_file_that_takes_the_messages_too(
+    redirected: str, program: Program, api: Api, folder: Path
+) -> None:
+    """They come behind the result, and not over it."""
+    option, path, *redirections = redirected.split()
+    api.answers({**RESULT, "stdout": "its result\n" * 9, "stderr": "its words"})
+    written = wrapped(program, f'"$@" {" ".join(redirections)}')
+    assert written(option, path, "-f", "text", *RUN, at=api)[:3] == (0, b"", b"")
+    last = "its words\nbus-containers: run run-1 ended with exit code 0 after 7 ms\n"
+    assert (folder / "out").read_text() == "its result\n" * 9 + last
+
+
 def test_a_file_that_is_mounted(program: Program, api: Api, folder: Path, tmp_path: Path) -> None:
     """As files are in containers: nothing can be renamed onto it."""
     skip_if(why_no_namespace())
@@ -605,8 +618,10 @@ int close(int fd) {
     struct stat file;
     int is_known = !fstat(fd, &file);
     int is_result = is_known && S_ISREG(file.st_mode) && file.st_size == SIZE && !RENAME;
+    /* The group has no rights to a pipe without a name. */
+    int is_fifo = is_known && S_ISFIFO(file.st_mode) && file.st_mode & S_IRGRP;
     int result = syscall(SYS_close, fd);
-    return is_result || (is_known && S_ISFIFO(file.st_mode)) ? fail(EDQUOT) : result;
+    return is_result || is_fifo ? fail(EDQUOT) : result;
 }
 int rename(const char *from, const char *to) {
     int is_result = RENAME && strstr(from, ".bus-containers");
@@ -638,6 +653,11 @@ def test_a_quota_that_is_exceeded(
         result = program("-o", "new", *RUN, at=api, env=full)
         check_saved(result, document, "new", errno.EPERM)
     assert tree(folder) == {"out": OLD}
+    if fails_at == "close":
+        redirected = wrapped(program, 'exec "$@" >redirected')
+        result = redirected(*RUN, at=api.answers(document), env=full)
+        says = f"standard output: {os.strerror(errno.EDQUOT)}; run run-1 ended with exit code 0"
+        check_failure(result, 125, f"bus-containers: cannot write to {says}")
     fifo = folder / "fifo"
     os.mkfifo(fifo)
     with ThreadPoolExecutor(1) as pool:
