@@ -226,6 +226,7 @@ class ApiError(BusContainersError):
 
 
 class _OutputError(BusContainersError):
+    """A result that cannot be written."""
     kind = "output"
 
 
@@ -1371,6 +1372,7 @@ def _start_connecting(found: Any) -> Any:
 # ---- Answers: an answer to a document, a failure to an error -----------------------------------
 
 def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
+    """Return the document of an answer that can be used, or raise what is wrong with it."""
     is_empty = not answer.body
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
@@ -2202,6 +2204,7 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
             place = f"/dev/fd/{descriptor}"
         if place[-1:].isdigit():  # not /dev/tty or /dev/ptmx, which would be another one
             own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        os.lseek(descriptor, 0, os.SEEK_END)  # of a file that `--output` may have written to
     except (AttributeError, OSError):
         pass  # Windows, no /dev/fd, or another user's
     with open(own, "wb", buffering=0, closefd=own != descriptor) as file:
@@ -2225,7 +2228,6 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
     descriptor = _descriptor(stream)
     if descriptor is not None:
         _write_all(descriptor, pieces)
-        os.close(os.dup(descriptor))  # NFS tells only then that a quota is exceeded
         return
     for piece in pieces:
         piece = piece.encode("utf-8", "backslashreplace").decode()
@@ -2461,6 +2463,7 @@ class _Reporter(_Observer):
         if output and output[-1] != "\n" and (errors or (self.is_terminal and is_on_terminal)):
             errors += "\n"
         if errors:
+            self._write("", 0)  # so that they come behind all that is there
             try:
                 _write_stream(sys.stderr, [self.unsent.decode(errors="replace"), errors])
                 self.unsent = b""
@@ -2582,10 +2585,6 @@ class _Result:
                 flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
                 self._held = os.open(self._path, flags)
                 _write_all(self._held, make_pieces())
-                # Messages come behind it where standard error is the same file.
-                messages = _descriptor(sys.stderr)
-                if messages is not None and os.path.sameopenfile(self._held, messages):
-                    os.lseek(messages, 0, os.SEEK_END)
             self.close()  # this may fail as well as a write
             return
         except (OSError, ValueError, MemoryError) as error:
@@ -2860,6 +2859,7 @@ def _decode_argument(word: str) -> str:
 
 
 def _execute(args: argparse.Namespace, report: _Reporter) -> int:
+    """Run a command; return its exit code where it does not fail."""
     if args.chdir is not None:
         try:
             os.chdir(args.chdir)
