@@ -104,7 +104,7 @@ HOSTS = [
         """
         class Owner:
             def __init__(self, client): self.client, self.failure = client, failure
-            def __del__(self, say=say, proxied=Client("http://a.test", "t")):
+            def __del__(self, say=say, proxied=Client("http://a.test", "t", timeout=0.8)):
                 say(self.client.run(["true"])["stdout"])
                 say(self.failure(self.client.delete, "not-found"))
                 say(self.failure(proxied.delete, "run-1"))

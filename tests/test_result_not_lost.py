@@ -704,6 +704,7 @@ def test_why_a_result_is_lost_comes_before_what_the_container_said(
     assert rest == ["its words", "bus-containers: run run-1 ended with exit code 0 after 7 ms"]
 
 
+@second_tier
 def test_a_signal_amid_the_reason_why_a_result_is_elsewhere(program: Program, api: Api) -> None:
     """Promise 6.9: it is not lost behind what the container said, which nobody reads."""
     api.answers({**RESULT, "stderr": "its words"})
@@ -777,6 +778,7 @@ def test_streams_made_non_blocking_during_the_run(cli: InProcess, serve: Serve) 
     assert used < 0.4
 
 
+@second_tier
 def test_the_result_does_not_wait_for_a_standard_error_that_nobody_reads(
     program: Program, api: Api, folder: Path
 ) -> None:

@@ -223,7 +223,7 @@ def test_what_only_looks_like_many_parts(cli: InProcess, serve: Serve) -> None:
     assert "HTTP 302 message/moved; redirected to /multipart/1, not followed" in told
 
 
-@pytest.mark.parametrize("size", [1_000_000, 4_000_000])
+@pytest.mark.parametrize("size", tiers([1_000_000, 4_000_000], 4_000_000))
 def test_an_error_of_megabytes(size: int, serve: Serve) -> None:
     """An error that is larger than any of the API is not read to its end."""
     body = json.dumps({"error": {"message": "no", "texts": ["abcdefgh%"] * (size // 13)}}).encode()

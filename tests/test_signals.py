@@ -48,6 +48,7 @@ from support import (
     as_json,
     check_failure,
     fill,
+    second_tier,
     skip_if,
     tiers,
     words,
@@ -376,17 +377,19 @@ def hit_at(program: Program, when: str, name: str, variable: str = "self") -> Pr
     return Program(command, program.home)
 
 
-@pytest.mark.parametrize(
-    ("name", "variable"),
-    [("receive_run", "self"), ("fetch", "self"), ("_run", "args"), ("_is_writable", "descriptor")],
-    ids=["receive_run", "fetch", "_run", "amid-a-warning"],
-)
+MOMENTS = {
+    "receive_run": "self", "_is_writable": "descriptor",  # the latter amid a warning
+    "fetch": "self", "_run": "args",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tiers(MOMENTS, "receive_run", "_is_writable"))
 def test_a_signal_between_an_answer_and_its_writing(
-    name: str, variable: str, program: Program, api: Api
+    name: str, program: Program, api: Api
 ) -> None:
     """Promise 6.3: what came of the run is told."""
     api.answers({**DOCUMENTS["run"], "run_id": "run-1", "exit_code": 127})
-    result = hit_at(program, "return", name, variable)(*RUN, at=api)
+    result = hit_at(program, "return", name, MOMENTS[name])(*RUN, at=api)
     assert (result.code, result.out) == (-signal.SIGTERM, b"")
     assert "terminated; run run-1 ended with exit code 127" in result.message
 
@@ -430,6 +433,7 @@ def test_a_signal_amid_deletions_whose_list_nobody_reads(program: Program) -> No
     os.close(writer)
 
 
+@second_tier
 def test_a_signal_amid_a_message_before_the_token_is_read(program: Program) -> None:
     """Promise 6.10: from a standard input that has none yet."""
     (reader, writer), (token, is_open) = os.pipe(), os.pipe()
