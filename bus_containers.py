@@ -1533,7 +1533,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     if isinstance(failure, http.client.IncompleteRead):
         is_lost = attempt.has_ended
         reason = "the answer was cut short" if is_lost else "a chunk has no length"
-    is_http = attempt.received_bytes and type(failure) is not http.client.BadStatusLine
+    is_http = attempt.received_bytes > 0 and type(failure) is not http.client.BadStatusLine
     advice = _https_hint(exchange, is_http)
     if is_lost:
         exchange.was_lost |= attempt.may_be_done
@@ -1547,7 +1547,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
     return exchange.error(ProtocolError, text, advice)
 
 
-def _https_hint(exchange: _Exchange, is_http: object) -> str:
+def _https_hint(exchange: _Exchange, is_http: bool) -> str:
     if exchange.url.scheme == "http" and not exchange.proxy_name and not is_http:
         return "is this port for https?"
     return ""

@@ -449,7 +449,7 @@ def test_a_redirected_descriptor_by_a_path(
 def test_a_file_that_takes_the_messages_too(
     redirected: str, program: Program, api: Api, folder: Path
 ) -> None:
-    """They come behind the result, and not over it."""
+    """Promise 6.12: they come behind the result, and not over it."""
     option, path, *redirections = redirected.split()
     api.answers({**RESULT, "stdout": "its result\n" * 9, "stderr": "its words"})
     written = wrapped(program, f'"$@" {" ".join(redirections)}')

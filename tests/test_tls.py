@@ -283,6 +283,25 @@ def test_a_broken_handshake_never_sent_the_run(script: Script, cli: InProcess) -
     assert 1 <= server.connections <= (3 if is_end else 1)
 
 
+def test_the_server_hears_why_its_certificate_is_refused(
+    cli: InProcess, certificates: Certificates
+) -> None:
+    heard: list[str] = []
+
+    def script(connection: Connection) -> None:
+        context = certificates.context(certificates.good)
+        tls: Any = context.wrap_socket(connection.sock, True, do_handshake_on_connect=False)
+        connection.sock = tls
+        try:
+            tls.do_handshake()
+        except ssl.SSLError as error:
+            heard.append(error.reason)
+
+    with Hostile(script, scheme="https") as server:
+        check_failure(cli(*RUN, at=server), 125, REFUSED)
+    assert heard == ["TLSV1_ALERT_UNKNOWN_CA"]
+
+
 def test_a_refused_certificate_is_told_though_the_server_is_gone(
     cli: InProcess, certificates: Certificates
 ) -> None:
