@@ -374,6 +374,12 @@ def test_a_python_that_will_not_do_is_told(archive: Path, tmp_path: Path, start:
     )
     env: Env = {"PYTHONHOME": str(slim(Path(sysconfig.get_path("stdlib")), tmp_path / "slim"))}
     assert start(sys.executable, archive, "--version", env=env)[:3] == (2, b"", told.encode())
+    code = "import runpy, sys; sys.modules['zlib'] = None; runpy.run_path(sys.argv[1])"
+    told = (
+        "bus-containers: this Python has no `zlib`, to unpack this:"
+        f" take the file bus_containers.py ({sys.executable})\n"
+    )
+    assert start(sys.executable, "-c", code, archive)[:3] == (2, b"", told.encode())
 
 
 @second_tier

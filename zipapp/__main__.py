@@ -20,6 +20,8 @@ def main():
 
     if find_spec("http") is None:
         refuse("this Python has no `http`: install `python3`, python3-minimal is not enough")
+    if find_spec("zlib") is None:
+        refuse("this Python has no `zlib`, to unpack this: take the file bus_containers.py")
 
     from bus_containers import console
 
