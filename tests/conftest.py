@@ -142,15 +142,15 @@ def platform(_platform: Platform) -> Platform:
 
 
 @pytest.fixture(scope="session")
-def _api_server() -> Iterator[ApiServer]:
+def api_server() -> Iterator[ApiServer]:
     with ApiServer() as server:
         yield server
 
 
 @pytest.fixture
-def api(_api_server: ApiServer) -> Iterator[Api]:
+def api(api_server: ApiServer) -> Iterator[Api]:
     """A server that gives the answers a test puts in, one server a session, a URL for each test."""
-    with _api_server.open() as api:
+    with api_server.open() as api:
         yield api
 
 

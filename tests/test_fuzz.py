@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hostile import Api
+from hostile import Api, ApiServer
 from support import (
     BODIES,
     CANARY,
@@ -41,12 +41,16 @@ SOON = 5.0
 """Seconds within which every case ends."""
 
 
-def each_case(check: Callable[[random.Random], bool]) -> None:
-    """Check this many cases, each with dice of its own; if few are a success, it says little."""
+def each_case(check: Callable[[random.Random, Api], bool], server: ApiServer) -> None:
+    """Check this many cases, each with dice of its own; if few are a success, it says little.
+
+    Each has a URL of its own, too: what was sent just before a deadline may arrive in the next.
+    """
     successes = 0
     for seed in range(SEED, SEED + CASES):
         try:
-            successes += check(random.Random(seed))
+            with server.open() as api:
+                successes += check(random.Random(seed), api)
         except BaseException as error:
             raise AssertionError(f"FUZZ_SEED={seed}: {type(error).__name__}: {error}") from error
     assert CASES < 100 or CASES // 10 < successes < CASES
@@ -150,15 +154,14 @@ class Answer:
             self.data = self.data[:at] + dice.randbytes(1) + self.data[at + dice.choice([0, 1]) :]
 
 
-def test_answers(cli: InProcess, api: Api) -> None:
-    def check(dice: random.Random) -> bool:
+def test_answers(cli: InProcess, api_server: ApiServer) -> None:
+    def check(dice: random.Random, api: Api) -> bool:
         name = dice.choice(["run", "run", *api_commands()])
         answer = Answer(dice, name)
         format_ = dice.choice(["json", "json", "text", "tsv"])
         # Where there is no time for a pause, a GET is not sent again either.
         options = dice.choice([[], ["-v"], ["-vv"], ["--error-format", "json"], ["-q"]])
         limit = [] if name == "run" else ["--timeout", "250ms"]
-        api.requests.clear()
         api.sends(answer.data)
         result = checked(cli(*options, *limit, "-f", format_, *words(name), at=api))
         methods = api.methods()
@@ -185,7 +188,7 @@ def test_answers(cli: InProcess, api: Api) -> None:
                 assert result.document["deleted"] is True, where
         return result.code == 0
 
-    each_case(check)
+    each_case(check, api_server)
 
 
 # --- command lines and environments -----------------------------------------------------------
@@ -259,15 +262,13 @@ def random_environment(dice: random.Random, url: str) -> dict[str, str | None]:
     return environ
 
 
-def test_command_lines(cli: InProcess, api: Api) -> None:
+def test_command_lines(cli: InProcess, api_server: ApiServer) -> None:
     folder = cli.folder
     assert folder is not None
 
-    def check(dice: random.Random) -> bool:
+    def check(dice: random.Random, api: Api) -> bool:
         command = dice.choice(["run", "run", *all_commands()])
         code = dice.choice([0, 0, 37]) if command == "run" else 0
-        api.requests.clear()
-        api.sends()
         if code:
             api.answers({**DOCUMENTS["run"], "exit_code": code})
         for path in folder.parent.glob("**/out"):
@@ -293,4 +294,4 @@ def test_command_lines(cli: InProcess, api: Api) -> None:
         return result.code == 0
 
     with nothing_leaves():
-        each_case(check)
+        each_case(check, api_server)
