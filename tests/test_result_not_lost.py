@@ -704,25 +704,6 @@ def test_why_a_result_is_lost_comes_before_what_the_container_said(
     assert rest == ["its words", "bus-containers: run run-1 ended with exit code 0 after 7 ms"]
 
 
-@second_tier
-def test_a_signal_amid_the_reason_why_a_result_is_elsewhere(program: Program, api: Api) -> None:
-    """Promise 6.9: it is not lost behind what the container said, which nobody reads."""
-    api.answers({**RESULT, "stderr": "its words"})
-    (reader, writer), (unread, stderr) = os.pipe(), os.pipe()
-    fill(stderr)
-    arguments = ("-o", "/dev/full", "-f", "text", *RUN)
-    process = program.start(*arguments, at=api, stdout=writer, stderr=stderr)
-
-    def act() -> None:
-        await_that(lambda: bool(select.select([reader], [], [], 0)[0]))
-        time.sleep(0.2)  # amid the message, or before it
-        process.send_signal(signal.SIGTERM)
-
-    assert ended(process, act).code == -signal.SIGTERM
-    for descriptor in (reader, writer, unread, stderr):
-        os.close(descriptor)
-
-
 # --- standard output: 6.11, 6.13, 6.14 --------------------------------------------------------
 
 

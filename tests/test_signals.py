@@ -15,7 +15,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -433,22 +432,27 @@ def test_a_signal_amid_deletions_whose_list_nobody_reads(program: Program) -> No
     os.close(writer)
 
 
-@second_tier
 def test_a_signal_amid_a_message_before_the_token_is_read(program: Program) -> None:
     """Promise 6.10: from a standard input that has none yet."""
-    (reader, writer), (token, is_open) = os.pipe(), os.pipe()
-    fill(writer)
-    arguments = ("-v", "--token-file", "-", *RUN)
-    process = program.start(*arguments, stdin=token, stderr=writer)
-    time.sleep(0.5)  # amid the message, as a rule
-    process.send_signal(signal.SIGTERM)
-    try:
-        assert process.wait(LIMIT) == -signal.SIGTERM
-    finally:
-        process.kill()
-        process.communicate()
-        for descriptor in (reader, writer, token, is_open):
-            os.close(descriptor)
+    token, is_open = os.pipe()
+    amid = hit_at(program, "call", "_is_writable", "descriptor")
+    result = amid("-v", "--token-file", "-", *RUN, stdin=token)
+    assert result.code == -signal.SIGTERM
+    os.close(token)
+    os.close(is_open)
+
+
+@second_tier
+def test_a_signal_amid_the_reason_why_a_result_is_elsewhere(program: Program, api: Api) -> None:
+    """Promise 6.9: it is not lost behind what the container said, which nobody reads."""
+    api.answers({**DOCUMENTS["run"], "stderr": "its words"})
+    unread, stderr = os.pipe()
+    fill(stderr)
+    amid = hit_at(program, "call", "_is_writable", "descriptor")
+    result = amid("-o", "/dev/full", "-f", "text", *RUN, at=api, stderr=stderr)
+    assert result.code == -signal.SIGTERM
+    os.close(unread)
+    os.close(stderr)
 
 
 def test_a_signal_amid_an_error_takes_no_message_away(program: Program) -> None:
