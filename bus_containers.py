@@ -46,7 +46,6 @@ else:
     # With these typing.get_type_hints resolves the public signatures, from Python 3.10 on.
     Any = NoReturn = object
     Document = dict
-
 # Pairs of an option's long name and its value, None for an option that is written without one.
 _Options = Sequence["tuple[str, str | None]"]
 # Makes the pieces of a result, of any size. It is called again if they have to go elsewhere.
@@ -135,7 +134,7 @@ def _let_through(error: BaseException) -> None:
         frame, trace = trace.tb_frame, trace.tb_next
         for value in trace.tb_frame.f_locals.values():
             # A handler's second argument is the frame that it broke into.
-            if value is frame or (isinstance(value, tuple) and frame in value):
+            if value is frame or (isinstance(value, tuple) and id(frame) in map(id, value)):
                 raise error
 
 
@@ -143,12 +142,10 @@ def _let_through(error: BaseException) -> None:
 
 class BusContainersError(Exception):
     """Base of every error that is raised on purpose. Its text is `reason`, then `advice`."""
-
     # A parameter in backquotes, as `timeout`, is an option's name where the command line prints it.
     kind = "error"  # the error's name in `--error-format json`
     # What is known of a run: `not_sent`, `refused` (3xx, 4xx), `unknown` or `finished`.
     run_state: str | None = None
-
     # Only `reason` has no default, in subclasses too, as pickle and copy pass nothing else.
     def __init__(self, reason: str, advice: str = "", *, retryable: bool = False) -> None:
         super().__init__(reason)
@@ -226,7 +223,6 @@ class ApiError(BusContainersError):
 
 
 class _OutputError(BusContainersError):
-    """A result that cannot be written."""
     kind = "output"
 
 
@@ -431,7 +427,6 @@ def _run_request(
     command: Sequence[str], profile: str | None, image: str | None,
     timeout_seconds: int | None,
 ) -> Document:
-    """Return the body of a run's request. Raises ConfigError in the words of `Client.run`."""
     # The command line calls this as well, to report what is wrong before it looks for a token.
     if profile is not None and image is not None:
         raise ConfigError("`profile` and `image` exclude each other")
@@ -836,7 +831,6 @@ class _Observer:
 
 
 class _Answer:
-    """An HTTP answer as a plain value. The names of its headers are in lower case."""
     def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
         self.status = status
         self.reason = reason
@@ -953,7 +947,7 @@ def _pause(seconds: float, check: Callable[[], object]) -> None:
 
 def _redacted(text: str, secrets: Iterable[str]) -> str:
     """Return a text without secrets, in whatever form a URL, JSON or HTML gives them."""
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+    for secret in sorted(set(secrets), key=len, reverse=True):  # one may be a part of another
         # A short one would be found in ordinary words, and no form of one is shorter than itself.
         if not 8 <= len(secret) <= len(text):
             continue
@@ -1021,6 +1015,8 @@ class _Attempt(io.RawIOBase):
             try:
                 self._connect()
                 return self._converse()
+            except (BusContainersError, KeyboardInterrupt) as error:
+                raise error.with_traceback(None) from None  # http.client's frames hold the token
             except urllib.error.URLError as error:  # which wraps what fails while it sends
                 failure: Any = error.reason
             except (OSError, http.client.HTTPException, MemoryError) as error:
@@ -1283,7 +1279,6 @@ class _Attempt(io.RawIOBase):
         return body
 
     def _wait_for(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Repeat an operation of the socket until it ends, in waits of a tick each."""
         while True:
             self.sock.settimeout(self.exchange.next_wait_seconds())
             try:
@@ -1372,7 +1367,6 @@ def _start_connecting(found: Any) -> Any:
 # ---- Answers: an answer to a document, a failure to an error -----------------------------------
 
 def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
-    """Return the document of an answer that can be used, or raise what is wrong with it."""
     is_empty = not answer.body
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
@@ -1399,6 +1393,7 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
         text = body.decode(errors="replace")
         if "\ufffd" in text and text.encode() != body:  # the server may have sent one
             exchange.observer.warn("the answer is not all UTF-8: what is not became U+FFFD")
+        exchange.observer.tick()  # for a signal that came amid a message: parsing may take long
         body.clear()  # it may be large, and the text is as large again
         return _parse_json(text[1:] if text.startswith("\ufeff") else text), ""
     except MemoryError as error:
@@ -1515,7 +1510,6 @@ def _billing_facts(exchange: _Exchange, document: Any) -> Iterator[str]:
 
 
 def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersError:
-    """Return the error of what urllib, http.client, ssl or a socket raised during an attempt."""
     import http.client  # loaded before; for `ssl` there may be no memory, or it is missing
     exchange = attempt.exchange
     if _is_late_refusal(attempt, failure):
@@ -1748,7 +1742,6 @@ _FORMATS: dict[str | None, Callable[[str, Any], Iterator[str]]] = {
 # ---- The command line as tables: help, parser and OpenCLI document are made of them -------------
 
 class _Command:
-    """A row of the table of commands."""
     def __init__(
         self, method: str, failure_code: int, columns: str,
         summary: str, description: str,
@@ -1896,7 +1889,6 @@ def _usage(command: str) -> str:
 
 
 def _section(rows: Sequence[Sequence[str]], width: int = 0) -> str:
-    """Return a section of a page: a term, what it means from a column on, and a default if any."""
     width = width or max(len(row[0]) for row in rows) + 2
     lines = []
     for term, text, *default in rows:
@@ -1908,7 +1900,6 @@ def _section(rows: Sequence[Sequence[str]], width: int = 0) -> str:
 
 
 def _options_section(owner: str) -> str:
-    """Return the options of a command, or those of every command, aligned with all the others."""
     rows = []
     width = 0
     for command, short, long, value, *rest in _OPTIONS:
@@ -2045,7 +2036,6 @@ def _scan_options(word: str, ahead: Iterator[str]) -> _Options:
 
 
 def _parse(command: str | None, options: _Options, words: list[str]) -> argparse.Namespace:
-    """Return the checked options of a command, with its name and words among them."""
     rows = _options_of(command)
     arguments = []
     for name, value in options:
@@ -2141,7 +2131,6 @@ def _check_combination(args: argparse.Namespace) -> None:
 
 
 def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") -> Any:
-    """Call a function with what the user typed, and raise what is wrong as a usage error."""
     try:
         return function(*values)
     except ConfigError as error:
@@ -2186,6 +2175,14 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
                 except BlockingIOError:  # another process has made it non-blocking
                     _is_writable(descriptor, _TICK_SECONDS)
                     time.sleep(_NO_ROOM_SECONDS)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        import errno
+        try:
+            os.fsync(descriptor)  # a share or a thin disk may tell only now that it is full
+        except OSError as error:
+            _let_through(error)
+            if error.errno != errno.EINVAL:  # a file of the kernel, say
+                raise
 
 
 def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
@@ -2241,7 +2238,6 @@ def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
 
 
 class _Process:
-    """The process, its signals and its standard descriptors."""
     def __init__(self) -> None:
         self.failure_code = 1  # the command's, once that is known
         self.signal_number = 0
@@ -2334,8 +2330,11 @@ class _Reporter(_Observer):
         self.show_progress("")
 
     def tick(self) -> None:
-        if self.process.signal_number:  # Python drops what is raised in a destructor, say
+        self._draw_progress()
+        if self.process.signal_number:  # which came amid a message, or in a destructor, say
             raise _Interrupted(128 + self.process.signal_number)
+
+    def _draw_progress(self) -> None:
         seconds = int(time.monotonic() - self.progress_start)
         if not self.progress or seconds < self.next_seconds:
             return
@@ -2354,7 +2353,8 @@ class _Reporter(_Observer):
         if line == self.drawn:
             return
         # Noted before it is drawn: erasing a line that is not there does no harm.
-        text, self.drawn = f"{self._erasure()}{line}", line
+        text = f"{self._erasure()}{line}"
+        self.drawn = line
         self._write(text, 0)
 
     def enter_state(self, run_state: str) -> None:
@@ -2464,6 +2464,7 @@ class _Reporter(_Observer):
             errors += "\n"
         if errors:
             self._write("", 0)  # so that they come behind all that is there
+            self.tick()  # they may have to wait
             try:
                 _write_stream(sys.stderr, [self.unsent.decode(errors="replace"), errors])
                 self.unsent = b""
@@ -2548,7 +2549,7 @@ class _Result:
 
     def _prove_file(self, path: str) -> None:
         try:
-            mode = os.stat(path).st_mode
+            self._held = os.open(path, os.O_WRONLY)
         except FileNotFoundError:
             temporary = _name_beside(path)
             try:
@@ -2556,8 +2557,7 @@ class _Result:
             finally:
                 _remove(temporary)
             return
-        self._held = os.open(path, os.O_WRONLY)
-        if stat.S_ISREG(mode):
+        if stat.S_ISREG(os.fstat(self._held).st_mode):
             self.close()
 
     def close(self) -> None:
@@ -2624,9 +2624,10 @@ def _is_shared(path: str, status: os.stat_result) -> bool:
     """Return whether a rename would leave a file's old content for others who have the file."""
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # 0: it was just replaced
         return True
-    # In /proc the text of a link need not be a path of what it names.
+    # In /proc a link's text may name another file. Nine looks, as a run may rename amid one.
     target = _target(path)
-    if target != path and not (os.path.exists(target) and os.path.samefile(path, target)):
+    looks = (os.path.exists(target) and os.path.samefile(path, target) for _ in range(9))
+    if target != path and not any(looks):
         return True
     # A shell or a host program has it open, as with `> out` or `/dev/fd/3`.
     for descriptor in range(1024):  # the usual limit of a process
@@ -2669,7 +2670,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             if old and old.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(old.st_mode))
             _write_all(descriptor, make_pieces())
-        fatal.append(errno.ENOENT)  # somebody has removed the new file, or its folder
+        fatal += [errno.ENOENT, errno.EXDEV]  # removed by now, or a link to another disk
         try:
             os.replace(temporary, _target(path))
             if os.path.islink(path):
@@ -2791,6 +2792,7 @@ def _runs(args: argparse.Namespace, report: _Reporter) -> Document:
 def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
     client = _client(args, report)
     for run_id in args.words:
+        report.tick()  # for a signal that came amid what was told of the last one
         try:
             report.deleted.append(client.delete(run_id))
         except (TransportError, ProtocolError, ApiError) as error:
@@ -2859,7 +2861,6 @@ def _decode_argument(word: str) -> str:
 
 
 def _execute(args: argparse.Namespace, report: _Reporter) -> int:
-    """Run a command; return its exit code where it does not fail."""
     if args.chdir is not None:
         try:
             os.chdir(args.chdir)
@@ -2909,7 +2910,6 @@ def _write_result(args: argparse.Namespace, result: _Result | None, document: An
 def _finish_run(
     args: argparse.Namespace, result: _Result | None, document: Document, report: _Reporter
 ) -> int:
-    """Print what is for standard error, and return the container's exit code, if it is one."""
     if args.format == "text" and result is not None:
         report.run_ended(document, result.is_on_terminal())
     code = document.get("exit_code")

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import typing
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -414,6 +416,27 @@ def test_a_host_s_handler_at_any_step(
     with handler(error):
         alarm_at_the_end_of(name)
         Client(server.url, CANARY).run(["true"], timeout=LIMIT)
+
+
+class Odd:
+    """As an array of numpy: to compare it says nothing."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("the truth value is ambiguous")
+
+
+def test_odd_values_of_a_host_s_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 4.9: what it raises is the network's, whatever it has in its variables."""
+
+    def look_up(*_: object, values: object = (Odd(), mock.ANY), **__: object) -> None:
+        raise socket.gaierror(f"no such name, says one of {type(values)}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(TransportError, match="no such name") as caught:
+        Client("http://127.0.0.1", CANARY).run(["true"])
+    assert caught.value.run_state == "not_sent"
 
 
 def test_a_host_s_handler_amid_the_advice_for_a_certificate(

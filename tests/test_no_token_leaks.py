@@ -13,6 +13,8 @@ import html
 import itertools
 import json
 import re
+import signal
+import threading
 import traceback
 import urllib.parse
 from contextlib import suppress
@@ -21,7 +23,20 @@ from pathlib import Path
 import pytest
 
 import bus_containers
-from hostile import Api, Connection, Hostile, Script, answer, close, message, reset, silent, void
+from bus_containers import Client, DeadlineError
+from hostile import (
+    Api,
+    Connection,
+    Hostile,
+    Script,
+    answer,
+    close,
+    message,
+    reset,
+    silent,
+    steps,
+    void,
+)
 from local_platform import Platform
 from support import (
     CANARY,
@@ -44,6 +59,24 @@ def everything_said_by(caught: BaseException) -> bytes:
     said = [traceback.format_exception(type(caught), caught, caught.__traceback__)]
     said += [[str(one), repr(one), repr(one.args), repr(vars(one))] for one in chain(caught)]
     return "\n".join(itertools.chain(*said)).encode("utf-8", "backslashreplace")
+
+
+@pytest.mark.parametrize("is_interrupt", [False, True])
+def test_a_traceback_with_the_values_of_variables(*, is_interrupt: bool) -> None:
+    """As some tools log it: http.client has the head of a request in variables."""
+
+    def interrupt(_: Connection) -> None:
+        if is_interrupt:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    seconds = 30 if is_interrupt else 0.2
+    script = steps(Connection.read_request, interrupt, Connection.hold)
+    with Hostile(script) as server, pytest.raises((DeadlineError, KeyboardInterrupt)) as caught:
+        Client(server.url, CANARY, timeout=seconds).status()
+    trace = traceback.walk_tb(caught.value.__traceback__)
+    frames = traceback.StackSummary.extract(trace, capture_locals=True)
+    said = [frame.locals for frame in frames if frame.filename != __file__]
+    assert said and CANARY not in repr(said)
 
 
 # --- servers that send the token back ---------------------------------------------------------

@@ -15,6 +15,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -489,6 +490,48 @@ def test_a_file_that_was_replaced_a_moment_ago_is_not_shared(tmp_path: Path) -> 
     assert not bus_containers._is_shared(path, status)
 
 
+def test_a_file_that_is_replaced_amid_a_look_is_not_shared(tmp_path: Path) -> None:
+    """A link to it, between the two steps of that look."""
+    link, path, other = tmp_path / "link", tmp_path / "out", tmp_path / "other"
+    link.symlink_to(path)
+    path.write_bytes(OLD)
+    other.write_bytes(OLD)
+
+    def replace(frame: Any, event: str, called: Any) -> None:
+        if event == "c_return" and called is os.stat and frame.f_code.co_name == "samefile":
+            sys.setprofile(None)
+            other.replace(path)
+
+    sys.setprofile(replace)
+    try:
+        assert not bus_containers._is_shared(str(link), os.stat(link))
+    finally:
+        sys.setprofile(None)
+    assert not other.exists()
+
+
+def test_a_link_that_names_another_disk_amid_the_writing(
+    cli: InProcess, api: Api, folder: Path
+) -> None:
+    """What is there is not overwritten in place."""
+    make_output("link", folder)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        there = Path(disk) / "there"
+        skip_if("" if os.stat(disk).st_dev != os.stat(folder).st_dev else "one disk")
+        there.write_bytes(OLD)
+        (folder / "new").symlink_to(there)
+
+        def move(frame: Any, event: str, _called: Any) -> None:
+            if (event, frame.f_code.co_name) == ("call", "_write_all"):
+                sys.setprofile(None)
+                (folder / "new").replace(folder / "out")
+
+        sys.setprofile(move)
+        result = cli("-o", "out", *RUN, at=api)
+        check_saved(result, DOCUMENTS["run"], "out", errno.EXDEV)
+        assert there.read_bytes() == OLD
+
+
 def test_a_file_of_the_kernel(program: Program, api: Api) -> None:
     """There can be no other beside it."""
     path = "/proc/self/comm"
@@ -606,7 +649,8 @@ def test_a_file_system_that_fills_up(case: str, program: Program, api: Api, fold
 
 
 # What NFS says where a quota is exceeded: at the close of a FIFO or of a file with a result in it,
-# and at its rename. Or no file gets a new name, as where a folder may only be added to.
+# when that is to be stored, and at its rename. Or no file gets a new name, as where a folder may
+# only be added to.
 QUOTA = r"""
 #include <errno.h>
 #include <string.h>
@@ -617,10 +661,11 @@ static int fail(int number) { errno = number; return -1; }
 int close(int fd) {
     struct stat file;
     int is_known = !fstat(fd, &file);
-    int is_result = is_known && S_ISREG(file.st_mode) && file.st_size == SIZE && !RENAME;
+    int is_result = is_known && S_ISREG(file.st_mode) && file.st_size == SIZE && CLOSE;
     int result = syscall(SYS_close, fd);
     return is_result || (is_known && S_ISFIFO(file.st_mode)) ? fail(EDQUOT) : result;
 }
+int fsync(int fd) { return FSYNC ? fail(EDQUOT) : (int)syscall(SYS_fsync, fd); }
 int rename(const char *from, const char *to) {
     int is_result = RENAME && strstr(from, ".bus-containers");
     if (!is_result) return syscall(SYS_renameat2, -100, from, -100, to, 0);
@@ -629,7 +674,7 @@ int rename(const char *from, const char *to) {
 """
 
 
-@pytest.mark.parametrize("fails_at", ["close", pytest.param("rename", marks=second_tier)])
+@pytest.mark.parametrize("fails_at", tiers(["close", "fsync", "rename"], "close", "fsync"))
 def test_a_quota_that_is_exceeded(
     fails_at: str, program: Program, api: Api, serve: Serve, folder: Path, tmp_path: Path
 ) -> None:
@@ -640,13 +685,20 @@ def test_a_quota_that_is_exceeded(
     source = tmp_path / "quota.c"
     source.write_text(QUOTA)
     library = str(tmp_path / "quota.so")
-    values = (f"-DSIZE={len(as_json(document))}", f"-DRENAME={int(fails_at == 'rename')}")
+    values = [f"-D{name.upper()}={int(name == fails_at)}" for name in ("close", "fsync", "rename")]
+    values.append(f"-DSIZE={len(as_json(document))}")
     made = [compiler, "-shared", "-fPIC", *values, "-o", library, str(source)]
     subprocess.run(made, check=True, timeout=LIMIT)
     make_output("old", folder)
     full: Env = {"LD_PRELOAD": library}
     result = program("-o", "out", *RUN, at=api.answers(document), env=full)
     check_saved(result, document, "out", errno.EDQUOT)
+    if fails_at == "fsync":
+        with open(folder / "all", "wb") as stdout:
+            result = program(*RUN, at=api, env=full, stdout=stdout)
+        said = f"cannot write to standard output: {os.strerror(errno.EDQUOT)}; run run-1 ended"
+        assert said in check_failure(result, 125)
+        (folder / "all").unlink()
     if fails_at == "rename":
         result = program("-o", "new", *RUN, at=api, env=full)
         check_saved(result, document, "new", errno.EPERM)

@@ -432,6 +432,53 @@ def test_a_signal_amid_deletions_whose_list_nobody_reads(program: Program) -> No
     os.close(writer)
 
 
+# The signal comes amid a message, written somewhere within the first function. After it the second
+# one, of C or of Python, is not called.
+NO_MORE = """
+import os, runpy, signal, sys
+_, within, never, *sys.argv = sys.argv
+def watch(frame, event, called):
+    global is_over
+    name = called.__name__ if event == "c_call" else frame.f_code.co_name
+    if is_over and name == never and event in ("call", "c_call"):
+        os._exit(99)
+    if is_over or (event, name) != ("call", "_write_in_time"):
+        return
+    while frame is not None and frame.f_code.co_name != within:
+        frame = frame.f_back
+    if frame is not None:
+        is_over = True
+        signal.raise_signal(signal.SIGTERM)
+is_over = False
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import bus_containers
+if within == "_wait_for":
+    bus_containers._STILL_RUNNING_SECONDS = 0
+sys.setprofile(watch)
+bus_containers.console()
+"""
+# That function, the one that is not called, and the command.
+AMID: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "progress": ("_wait_for", "send", RUN),
+    "explanation": ("_converse", "_parse_json", ("-v", *RUN)),
+    "warning": ("_parse_body", "_parse_json", RUN),
+    "error": ("_delete", "delete", ("delete", "a", "b")),
+    "end": ("run_ended", "_write_stream", ("-f", "text", *RUN)),
+}
+
+
+@pytest.mark.parametrize("name", AMID)
+def test_a_signal_amid_a_message_is_seen_right_after_it(
+    name: str, program: Program, api: Api
+) -> None:
+    """Promises 6.2, 6.10: nothing is begun before that."""
+    within, never, line = AMID[name]
+    api.answers(b'{"exit_code": 0, "stderr": "\xff"}')
+    command = [sys.executable, "-c", NO_MORE, within, never, program.command[-1]]
+    assert Program(command, program.home)(*line, at=api).code == -signal.SIGTERM
+    assert len(api.requests) == (name != "progress")
+
+
 def test_a_signal_amid_a_message_before_the_token_is_read(program: Program) -> None:
     """Promise 6.10: from a standard input that has none yet."""
     token, is_open = os.pipe()
