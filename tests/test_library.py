@@ -435,7 +435,7 @@ def test_odd_values_of_a_host_s_own_function(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     with pytest.raises(TransportError, match="no such name") as caught:
-        Client("http://127.0.0.1", CANARY).run(["true"])
+        Client("http://127.0.0.1", CANARY).run(["true"], timeout=0.2)  # too short to try again
     assert caught.value.run_state == "not_sent"
 
 

@@ -674,7 +674,7 @@ int rename(const char *from, const char *to) {
 """
 
 
-@pytest.mark.parametrize("fails_at", tiers(["close", "fsync", "rename"], "close", "fsync"))
+@pytest.mark.parametrize("fails_at", tiers(["close", "fsync", "rename"], "close"))
 def test_a_quota_that_is_exceeded(
     fails_at: str, program: Program, api: Api, serve: Serve, folder: Path, tmp_path: Path
 ) -> None:

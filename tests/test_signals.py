@@ -467,7 +467,7 @@ AMID: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", AMID)
+@pytest.mark.parametrize("name", tiers(AMID, "progress", "error"))
 def test_a_signal_amid_a_message_is_seen_right_after_it(
     name: str, program: Program, api: Api
 ) -> None:
