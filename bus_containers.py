@@ -407,7 +407,6 @@ class Client:
 
 
 def _load_modules(api_url: str) -> dict[str, Any]:
-    """Import what a request needs, and return all modules. Raises BusContainersError."""
     # What is missing, in the way of a module or out of descriptors shows before anything is sent.
     try:
         names = ["ipaddress", "json", "re", "selectors", "threading", "urllib.request"]
@@ -507,7 +506,6 @@ def resolve_api_url(flag: str | None, environ: Mapping[str, str]) -> tuple[str, 
 
 
 def _checked_api_url(url: str, source: str) -> str:
-    """Return a base URL in its normal form, or raise an error that names its source."""
     if not isinstance(url, str):
         raise ConfigError(f"{source} is not text")
     shown = _redacted_url(url)
@@ -660,7 +658,6 @@ def _checked_proxy(proxy: str, source: str) -> str:
 
 
 def _is_listed(url: str, entries: str) -> bool:
-    """Return whether a list as in NO_PROXY names the host of a URL."""
     import re
     import urllib.parse
     parts = urllib.parse.urlsplit(url)
@@ -693,7 +690,8 @@ def _is_match(name: str, host: str, address: Any) -> bool:
         return name != "" and (host == name or host.endswith(f".{name.lstrip('.')}"))
     try:
         network: Any = ipaddress.ip_network(name.strip("[]"), strict=False)
-    except ValueError:
+    except ValueError as error:
+        _let_through(error)
         return False  # the name of a host matches no address
     mapped = getattr(network.network_address, "ipv4_mapped", None)
     if mapped and network.prefixlen >= 96:  # ::ffff:10.0.0.0/104 is 10.0.0.0/8
@@ -707,22 +705,22 @@ def _parse_address(host: str) -> Any:
     import socket
     try:
         address: Any = ipaddress.ip_address(host)
-    except ValueError:
+    except ValueError as error:
+        _let_through(error)
         try:
             address = ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, 0x7f000001
-        except (OSError, ValueError):
+        except (OSError, ValueError) as failure:
+            _let_through(failure)
             return None
     return getattr(address, "ipv4_mapped", None) or address  # ::ffff:10.0.0.1 is 10.0.0.1
 
 
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 _UNIT_NANOSECONDS = {
-    "ns": 1,
-    "us": 10**3,
+    "ns": 1, "us": 10**3,
     "\u00b5s": 10**3,  # with the micro sign
     "\u03bcs": 10**3,  # with the Greek letter mu
-    "ms": 10**6,
-    "s": 10**9,
+    "ms": 10**6, "s": 10**9,
     "m": 60 * 10**9,
     "h": 3600 * 10**9,
 }
@@ -795,7 +793,8 @@ def _token_claims(token: str) -> Document | None:
         _, payload, _ = token.split(".")
         payload += "=" * (-len(payload) % 4)  # which a JWT leaves out
         claims = json.loads(base64.urlsafe_b64decode(payload))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        _let_through(error)
         return None
     return claims if isinstance(claims, dict) else None
 
@@ -986,7 +985,6 @@ _SOCKET_OPTIONS = [
 
 
 class _Attempt(io.RawIOBase):
-    """One connection, with what it knows of a run."""
     # It is also the socket and the raw stream of http.client, which calls all from `sendall` on.
     # All but the look-up of a name happens in the caller's thread. So there is nobody who could
     # still send something after the caller has given up, by a deadline or by any number of signals.
@@ -1053,6 +1051,7 @@ class _Attempt(io.RawIOBase):
     def _look_up(self, host: str, port: int) -> list[Any]:
         import socket
         import threading
+        self.exchange.next_wait_seconds()  # for a signal that came amid a message
         found: list[Any] = []
         failures: list[Exception] = []
         def look_up() -> None:
@@ -1090,6 +1089,7 @@ class _Attempt(io.RawIOBase):
                 now = time.monotonic()
                 if now > end:
                     raise TimeoutError(f"no answer within {_rounded(_CONNECT_SECONDS)}")
+                seconds = self.exchange.next_wait_seconds()
                 if addresses and (now >= next_start or not connecting):
                     next_start = now + _NEXT_ADDRESS_SECONDS
                     try:
@@ -1099,7 +1099,6 @@ class _Attempt(io.RawIOBase):
                         _let_through(error)
                         failure = error
                     continue
-                seconds = self.exchange.next_wait_seconds()
                 if addresses:
                     seconds = min(seconds, next_start - now)
                 for key, _ in selector.select(seconds):
@@ -1393,7 +1392,8 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
         text = body.decode(errors="replace")
         if "\ufffd" in text and text.encode() != body:  # the server may have sent one
             exchange.observer.warn("the answer is not all UTF-8: what is not became U+FFFD")
-        exchange.observer.tick()  # for a signal that came amid a message: parsing may take long
+        if len(body) > _IO_BYTES:  # parsing takes long
+            exchange.observer.tick()  # for a signal that came amid a message
         body.clear()  # it may be large, and the text is as large again
         return _parse_json(text[1:] if text.startswith("\ufeff") else text), ""
     except MemoryError as error:
@@ -1872,7 +1872,6 @@ def _exit_codes_of(command: str | None) -> list[tuple[str, str]]:
 
 
 def _options_of(command: str | None) -> dict[str, Any]:
-    """Return a command's options by their long names; its own replace those of every command."""
     return {row[2]: row for row in _OPTIONS if row[0] in ("", command)}
 
 
@@ -2175,7 +2174,7 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
                 except BlockingIOError:  # another process has made it non-blocking
                     _is_writable(descriptor, _TICK_SECONDS)
                     time.sleep(_NO_ROOM_SECONDS)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if stat.S_IFMT(os.fstat(descriptor).st_mode) in (stat.S_IFREG, stat.S_IFBLK):
         import errno
         try:
             os.fsync(descriptor)  # a share or a thin disk may tell only now that it is full
@@ -2364,11 +2363,11 @@ class _Reporter(_Observer):
         import json
         run_id = _shown(_cell(document, "run_id"), self.secrets)
         code = json.dumps(_redacted_document(document.get("exit_code"), self.secrets))
-        self.outcome = f"run {run_id}" if run_id else "the run"
+        outcome = f"run {run_id}" if run_id else "the run"
         if code == "null":
-            self.outcome += " has no exit code"
+            self.outcome = f"{outcome} has no exit code"
         else:
-            self.outcome += f" ended with exit code {_shown(code, self.secrets)}"
+            self.outcome = f"{outcome} ended with exit code {_shown(code, self.secrets)}"
 
     def warn(self, text: str) -> None:
         if not self.is_quiet:
@@ -2605,7 +2604,12 @@ class _Result:
 
 def _target(path: str) -> str:
     """Return what a symbolic link names, existing or not, as the link itself is kept."""
-    return os.path.realpath(path) if os.path.islink(path) else path
+    # Not realpath, which reads each folder above, and takes `name/` for `name`.
+    for _ in range(40):  # as many links as Linux follows
+        if not os.path.islink(path):
+            break
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return path
 
 
 def _name_beside(path: str) -> str:
@@ -2673,8 +2677,6 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         fatal += [errno.ENOENT, errno.EXDEV]  # removed by now, or a link to another disk
         try:
             os.replace(temporary, _target(path))
-            if os.path.islink(path):
-                os.stat(path)  # as `link -> name/` is not the file `name`
         except OSError as error:  # a mounted file, or another's in a folder such as /tmp
             _let_through(error)
             if error.errno in fatal:
@@ -2723,7 +2725,6 @@ def _status(args: argparse.Namespace, report: _Reporter) -> Document:
 
 
 def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
-    """Look at once, again after pauses, and a last time at the deadline."""
     report.show_progress(f" of {_rounded(args.wait)}  waiting for the platform")
     end = time.monotonic() + args.wait
     pause_seconds = 0.1
@@ -2792,7 +2793,6 @@ def _runs(args: argparse.Namespace, report: _Reporter) -> Document:
 def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
     client = _client(args, report)
     for run_id in args.words:
-        report.tick()  # for a signal that came amid what was told of the last one
         try:
             report.deleted.append(client.delete(run_id))
         except (TransportError, ProtocolError, ApiError) as error:

@@ -364,6 +364,17 @@ def slim(library: Path, folder: Path) -> Path:
     return folder
 
 
+NO_MEMORY = """
+import runpy, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "bus_containers":
+            raise MemoryError
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[1])
+"""
+
+
 def test_a_python_that_will_not_do_is_told(archive: Path, tmp_path: Path, start: Start) -> None:
     code = "import runpy, sys; sys.version_info = (3, 8); runpy.run_path(sys.argv[1])"
     told = f"bus-containers: needs Python 3.9 or newer; this is 3.8 ({sys.executable})\n"
@@ -380,6 +391,8 @@ def test_a_python_that_will_not_do_is_told(archive: Path, tmp_path: Path, start:
         f" take the file bus_containers.py ({sys.executable})\n"
     )
     assert start(sys.executable, "-c", code, archive)[:3] == (2, b"", told.encode())
+    told = f"bus-containers: there is not enough memory to start ({sys.executable})\n"
+    assert start(sys.executable, "-c", NO_MEMORY, archive)[:3] == (2, b"", told.encode())
 
 
 @second_tier

@@ -396,6 +396,7 @@ def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve:
         ("__import__", TimeoutError()), ("acquire", RuntimeError()), ("register", OSError()),
         ("load_verify_locations", TimeoutError()), ("do_handshake", TimeoutError()),
         ("send", ConnectionAbortedError()), ("send", TimeoutError()), ("recv", TimeoutError()),
+        ("ip_address", ValueError()), ("ip_network", ValueError()),
         ("connect", TimeoutError()), ("decode", MemoryError()), ("raw_decode", ValueError()),
         ("raw_decode", MemoryError()),
     ],
@@ -410,6 +411,7 @@ def test_a_host_s_handler_at_any_step(
 ) -> None:
     """Promise 4.9."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # which is not asked for loopback
     is_plain = isinstance(error, ConnectionAbortedError)
     tls = None if is_plain else certificates.context(certificates.good)
     server = serve(answer(BODIES["run"]), tls=tls)
@@ -447,6 +449,14 @@ def test_a_host_s_handler_amid_the_advice_for_a_certificate(
     server = serve(silent(), tls=certificates.context(certificates.good))
     with handler(TimeoutError()):
         alarm_at_the_end_of("listdir")
+        Client(server.url, CANARY).status()
+
+
+def test_a_host_s_handler_amid_the_claims_of_a_token(serve: Serve) -> None:
+    """Promise 4.9."""
+    server = serve(answer(b"{}", "401 No"))
+    with handler(ValueError()):
+        alarm_at_the_end_of("urlsafe_b64decode")
         Client(server.url, CANARY).status()
 
 

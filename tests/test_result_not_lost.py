@@ -510,6 +510,33 @@ def test_a_file_that_is_replaced_amid_a_look_is_not_shared(tmp_path: Path) -> No
     assert not other.exists()
 
 
+def test_a_result_that_is_taken_away_at_once(cli: InProcess, api: Api, folder: Path) -> None:
+    """By whoever waits for it, where the path is a link to it."""
+    target = make_output("link", folder)
+
+    def take(_frame: Any, event: str, called: Any) -> None:
+        if event == "c_return" and called is os.replace:
+            sys.setprofile(None)
+            target.replace(folder / "taken")
+
+    sys.setprofile(take)
+    assert cli("-o", "out", *RUN, at=api)[:3] == (0, b"", b"")
+    assert (folder / "taken").read_bytes() == as_json(DOCUMENTS["run"])
+
+
+def test_a_link_in_a_folder_that_is_known_by_no_path(
+    program: Program, api: Api, folder: Path
+) -> None:
+    """As where the one that the program works in was removed."""
+    path = make_output("link", folder)
+    inode = path.stat().st_ino
+    script = 'mkdir gone; cd gone; rmdir ../gone; "$@"'
+    result = wrapped(program, script)("-o", "../out", *RUN, at=api)
+    assert result[:3] == (0, b"", b"")
+    assert path.read_bytes() == as_json(DOCUMENTS["run"])
+    assert path.stat().st_ino != inode
+
+
 def test_a_link_that_names_another_disk_amid_the_writing(
     cli: InProcess, api: Api, folder: Path
 ) -> None:
@@ -554,10 +581,11 @@ def test_a_descriptor_of_a_high_number(cli: InProcess, api: Api, folder: Path) -
 def test_a_link_to_what_no_file_can_be(
     text: str, cli: InProcess, api: Api, folder: Path
 ) -> None:
-    """The kernel finds nothing there, whatever the name comes to."""
+    """The kernel finds nothing there, whatever the name comes to: told before the request."""
     (folder / "out").symlink_to(text)
-    result = cli("-o", "out", *RUN, at=api)
-    check_saved(result, RESULT, "out", errno.ENOTDIR if text == "target/" else errno.ENOENT)
+    told = check_failure(cli("-o", "out", *RUN, at=api), 125)
+    assert told == f"bus-containers: cannot write to out: {os.strerror(errno.ENOENT)}"
+    assert (api.requests, tree(folder)) == ([], {"out": text})
 
 
 def test_a_hidden_file_that_somebody_removes(

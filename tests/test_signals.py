@@ -432,8 +432,8 @@ def test_a_signal_amid_deletions_whose_list_nobody_reads(program: Program) -> No
     os.close(writer)
 
 
-# The signal comes amid a message, written somewhere within the first function. After it the second
-# one, of C or of Python, is not called.
+# The signal comes amid a message, written somewhere within the first function. If the second one,
+# of C or of Python, is called after it, the process ends with 99.
 NO_MORE = """
 import os, runpy, signal, sys
 _, within, never, *sys.argv = sys.argv
@@ -462,21 +462,42 @@ AMID: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "progress": ("_wait_for", "send", RUN),
     "explanation": ("_converse", "_parse_json", ("-v", *RUN)),
     "warning": ("_parse_body", "_parse_json", RUN),
-    "error": ("_delete", "delete", ("delete", "a", "b")),
+    "error": ("_delete", "start", ("delete", "a", "b")),  # of a look-up's thread
+    "limit": ("_run", "start", ("--timeout", "5s", "--timeout-seconds", "9", *RUN)),
     "end": ("run_ended", "_write_stream", ("-f", "text", *RUN)),
 }
 
 
-@pytest.mark.parametrize("name", tiers(AMID, "progress", "error"))
+def amid_a_message(program: Program, within: str, never: str) -> Program:
+    command = [sys.executable, "-c", NO_MORE, within, never, program.command[-1]]
+    return Program(command, program.home)
+
+
+@pytest.mark.parametrize("name", tiers(AMID, "progress", "limit"))
 def test_a_signal_amid_a_message_is_seen_right_after_it(
     name: str, program: Program, api: Api
 ) -> None:
-    """Promises 6.2, 6.10: nothing is begun before that."""
+    """Promises 6.2, 6.10: nothing is begun before that, such as the parsing of a large answer."""
     within, never, line = AMID[name]
-    api.answers(b'{"exit_code": 0, "stderr": "\xff"}')
-    command = [sys.executable, "-c", NO_MORE, within, never, program.command[-1]]
-    assert Program(command, program.home)(*line, at=api).code == -signal.SIGTERM
-    assert len(api.requests) == (name != "progress")
+    api.answers(b'{"exit_code": 0, "stderr": "\xff%s"}' % bytes(b"x" * (1 << 20)))
+    result = amid_a_message(program, within, never)(*line, at=api)
+    assert result.code == -signal.SIGTERM
+    assert len(api.requests) == (name not in ("progress", "limit"))
+
+
+@pytest.mark.parametrize("within", tiers(["_converse", "_parse_body"], "_converse"))
+def test_a_signal_amid_a_message_about_an_answer(within: str, program: Program, api: Api) -> None:
+    """Promises 6.3, 6.14: the answer is there, and small, so it is told first what it says."""
+    amid = amid_a_message(program, within, "none")
+    api.answers(b'{"run_id": "r", "exit_code": 0, "stderr": "\xff"}')
+    result = amid("-v", *RUN, at=api)
+    assert result.code == -signal.SIGTERM
+    assert result.message.endswith("terminated; run r ended with exit code 0\n")
+    api.answers(b'{"deleted": true, "run_id": "a", "note": "\xff"}')
+    result = amid("-v", "delete", "a", "b", at=api)
+    assert result.code == -signal.SIGTERM
+    assert result.message.endswith("terminated; deleted: a\n")
+    assert [document["run_id"] for document in json.loads(result.out)] == ["a"]
 
 
 def test_a_signal_amid_a_message_before_the_token_is_read(program: Program) -> None:

@@ -23,7 +23,10 @@ def main():
     if find_spec("zlib") is None:
         refuse("this Python has no `zlib`, to unpack this: take the file bus_containers.py")
 
-    from bus_containers import console
+    try:
+        from bus_containers import console
+    except MemoryError:
+        refuse("there is not enough memory to start")
 
     console()
 
