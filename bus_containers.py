@@ -985,7 +985,7 @@ _SOCKET_OPTIONS = [
 
 
 class _Attempt(io.RawIOBase):
-    # It is also the socket and the raw stream of http.client, which calls all from `sendall` on.
+    # One connection, also http.client's socket and raw stream: it calls all from `sendall` on.
     # All but the look-up of a name happens in the caller's thread. So there is nobody who could
     # still send something after the caller has given up, by a deadline or by any number of signals.
 
