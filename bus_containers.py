@@ -231,7 +231,6 @@ class _ReaderLeftError(_OutputError):
 
 
 class _InternalError(BusContainersError):
-    """A fault of the program itself, or of the Python that it runs on."""
     kind = "internal"
 
 
@@ -272,7 +271,6 @@ def _field(fields: Any, name: str, wanted: Any) -> Any:
 
 
 def _text(fields: Any, name: str) -> str | None:
-    """Return a text of an object, or None where it is missing, blank or of another type."""
     value: str | None = _field(fields, name, str)
     if value is None or not value.strip():
         return None
@@ -576,7 +574,8 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
     try:
         with open(source, "rb", closefd=path != "-") as file:  # standard input stays open
             data = file.read(65537)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        _let_through(error)
         text = f"no token: {missing or f'{name} does not exist'}"
         raise _MissingTokenError(text, _TOKEN_ADVICE) from None
     except (OSError, ValueError) as error:
@@ -1016,6 +1015,7 @@ class _Attempt(io.RawIOBase):
             except (BusContainersError, KeyboardInterrupt) as error:
                 raise error.with_traceback(None) from None  # http.client's frames hold the token
             except urllib.error.URLError as error:  # which wraps what fails while it sends
+                _let_through(error)
                 failure: Any = error.reason
             except (OSError, http.client.HTTPException, MemoryError) as error:
                 failure = error
@@ -2089,7 +2089,6 @@ def _unknown_option(name: str) -> str:
 
 
 def _convert(value_name: str, text: str) -> Any:
-    """Return what an option's value stands for, by the word for the value in the help."""
     if not text and value_name != "URL":  # what is wrong with a URL is said where it is resolved
         raise ConfigError("the value is empty")
     if "|" in value_name:
@@ -2171,7 +2170,8 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
             while left:  # a pipe may take a part only
                 try:
                     left = left[os.write(descriptor, left) :]
-                except BlockingIOError:  # another process has made it non-blocking
+                except BlockingIOError as error:  # another process has made it non-blocking
+                    _let_through(error)
                     _is_writable(descriptor, _TICK_SECONDS)
                     time.sleep(_NO_ROOM_SECONDS)
     if stat.S_IFMT(os.fstat(descriptor).st_mode) in (stat.S_IFREG, stat.S_IFBLK):
@@ -2352,8 +2352,7 @@ class _Reporter(_Observer):
         if line == self.drawn:
             return
         # Noted before it is drawn: erasing a line that is not there does no harm.
-        text = f"{self._erasure()}{line}"
-        self.drawn = line
+        text, self.drawn = f"{self._erasure()}{line}", line
         self._write(text, 0)
 
     def enter_state(self, run_state: str) -> None:
@@ -2549,7 +2548,8 @@ class _Result:
     def _prove_file(self, path: str) -> None:
         try:
             self._held = os.open(path, os.O_WRONLY)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            _let_through(error)
             temporary = _name_beside(path)
             try:
                 os.close(os.open(temporary, _NEW_FILE, 0o666))

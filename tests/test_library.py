@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import typing
+import urllib.error
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -485,11 +486,28 @@ def test_a_host_s_handler_amid_an_answer(status: str, error: Exception, serve: S
     assert server.methods() == ["GET"]
 
 
-@pytest.mark.parametrize("name", ["token", "output", "stdout", "stderr"])
+@pytest.mark.parametrize("error", [urllib.error.URLError("boom"), urllib.error.URLError(OSError())])
+def test_a_host_s_handler_whose_own_request_fails(error: Exception, serve: Serve) -> None:
+    """Promises 4.9, 6.16: no connection of ours was lost, so a 404 would not be a deletion."""
+    gone = answer(b'{"error": {"type": "not_found"}}', "404 Not Found")
+    server = serve(steps(Connection.read_request, alarm, Connection.hold), gone)
+    with handler(error):
+        Client(server.url, CANARY).delete("a")
+    assert server.methods() == ["DELETE"]
+
+
+WAITS = {
+    "token": FileNotFoundError(), "output": FileNotFoundError(), "stdout": BlockingIOError(),
+    "stderr": BlockingIOError(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_usual", [True, False])
+@pytest.mark.parametrize("name", WAITS)
 def test_a_host_s_handler_amid_a_long_wait_of_main(
-    name: str, cli: InProcess, api: Api, folder: Path
+    name: str, cli: InProcess, api: Api, folder: Path, *, is_usual: bool
 ) -> None:
-    """Promise 4.9."""
+    """Promise 4.9, also for the error that the waiting itself may raise."""
     os.mkfifo(folder / "fifo")
     reader, writer = os.pipe()
     fill(writer)
@@ -497,9 +515,10 @@ def test_a_host_s_handler_amid_a_long_wait_of_main(
     options = {"token": ["--token-file", "fifo"], "output": ["-o", "fifo"], "stderr": ["-ftext"]}
     streams: dict[str, Any] = {name: writer} if name.startswith("std") else {}
     try:
-        with handler(TimeoutError()):
+        with handler(TimeoutError() if is_usual else WAITS[name]):
             signal.setitimer(signal.ITIMER_REAL, 0.2)
             cli(*options.get(name, []), "run", "true", at=api, **streams)
+        assert len(api.requests) == (name in ("stdout", "stderr"))
     finally:
         os.close(reader)
         os.close(writer)
