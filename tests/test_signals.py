@@ -477,9 +477,9 @@ def amid_a_message(program: Program, within: str, never: str) -> Program:
 def test_a_signal_amid_a_message_is_seen_right_after_it(
     name: str, program: Program, api: Api
 ) -> None:
-    """Promises 6.2, 6.10: nothing is begun before that, such as the parsing of a large answer."""
+    """Promises 6.2, 6.10: before a send, a look-up or the parsing of a large answer."""
     within, never, line = AMID[name]
-    api.answers(b'{"exit_code": 0, "stderr": "\xff%s"}' % bytes(b"x" * (1 << 20)))
+    api.answers(b'{"exit_code": 0, "stderr": "\xff%s"}' % (b"x" * (1 << 20)))
     result = amid_a_message(program, within, never)(*line, at=api)
     assert result.code == -signal.SIGTERM
     assert len(api.requests) == (name not in ("progress", "limit"))
