@@ -209,7 +209,6 @@ class ApiError(BusContainersError):
     what it advises; `command`, a command line for that.
     """
     kind = "api"
-
     def __init__(self, reason: str, status: int = 0, document: Any = None) -> None:
         super().__init__(reason, retryable=_is_retryable(status))
         self.status = status
@@ -263,7 +262,6 @@ def _error_object(document: Any) -> Any:
 
 
 def _field(fields: Any, name: str, wanted: Any) -> Any:
-    """Return a field of an object, or None where it is missing or of another type."""
     value = fields.get(name) if isinstance(fields, dict) else None
     if isinstance(value, bool) or not isinstance(value, wanted):  # a bool is an int, too
         return None
@@ -291,7 +289,6 @@ class Client:
     A Client may be used from many threads. Each call returns the API's document or raises
     BusContainersError.
     """
-
     def __init__(self, api_url: str, token: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
         # Before the checks, which use some of them; str(), as api_url is not checked yet.
         self._modules = _load_modules(str(api_url))  # for a call when sys.modules is emptied
@@ -421,8 +418,7 @@ def _load_modules(api_url: str) -> dict[str, Any]:
 
 
 def _run_request(
-    command: Sequence[str], profile: str | None, image: str | None,
-    timeout_seconds: int | None,
+    command: Sequence[str], profile: str | None, image: str | None, timeout_seconds: int | None
 ) -> Document:
     # The command line calls this as well, to report what is wrong before it looks for a token.
     if profile is not None and image is not None:
@@ -716,12 +712,10 @@ def _parse_address(host: str) -> Any:
 
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 _UNIT_NANOSECONDS = {
-    "ns": 1, "us": 10**3,
+    "ns": 1, "us": 10**3, "ms": 10**6,
     "\u00b5s": 10**3,  # with the micro sign
     "\u03bcs": 10**3,  # with the Greek letter mu
-    "ms": 10**6, "s": 10**9,
-    "m": 60 * 10**9,
-    "h": 3600 * 10**9,
+    "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
 }
 
 
@@ -841,8 +835,7 @@ class _Exchange:
     """One request to the API and its answer: what is asked, by when, and how often."""
     def __init__(
         self, client: Client, method: str, *path: str,
-        request: Document | None = None,
-        timeout: float | None = None,
+        request: Document | None = None, timeout: float | None = None,
     ) -> None:
         if sys.is_finalizing():  # in a `__del__`, where imports fail, as sys.modules is emptied
             sys.modules.update(client._modules)
@@ -890,12 +883,10 @@ class _Exchange:
             start = time.monotonic()
             pause_seconds = _RETRY_PAUSE_SECONDS * 2**retries
             try:
-                attempt = _Attempt(self)  # what is known of a try is that try's own
-                document: Document = _usable_document(self, attempt.perform(), shape)
+                answer = _Attempt(self).perform()  # what is known of a try is that try's own
+                document: Document = _usable_document(self, answer, shape)
                 if self.method == "POST":
                     self.observer.receive_run(document)
-                    if document.get("exit_code") is not None:  # else it may still be going on
-                        attempt.enter_state("finished")
                 return document
             except BusContainersError as error:
                 is_late = self.timeout and time.monotonic() + pause_seconds >= self.deadline
@@ -935,7 +926,6 @@ class _Exchange:
 
 
 def _pause(seconds: float, check: Callable[[], object]) -> None:
-    """Sleep, and call `check` at least once a tick: what it raises ends the pause."""
     end = time.monotonic() + seconds
     while seconds > 0:
         check()
@@ -1019,8 +1009,7 @@ class _Attempt(io.RawIOBase):
                 failure: Any = error.reason
             except (OSError, http.client.HTTPException, MemoryError) as error:
                 failure = error
-            # Outside the handler: `from None` would keep http.client's error as the context of
-            # ours, and its text may hold the token.
+            # Not in the handler: http.client's error, which may quote the token, would be context.
             _let_through(failure)
             raise _error_of_failure(self, failure)
         finally:
@@ -1076,7 +1065,6 @@ class _Attempt(io.RawIOBase):
         return found
 
     def _connect_to_first(self, addresses: list[Any]) -> Any:
-        """Connect to the first address that answers; each has a head start on the next one."""
         import selectors
         import socket
         connecting: list[Any] = []
@@ -1127,8 +1115,7 @@ class _Attempt(io.RawIOBase):
         if exchange.proxy_login:
             head += f"Proxy-Authorization: Basic {exchange.proxy_login}\r\n"
         self.sendall(f"{head}\r\n".encode())
-        # Not http.client's own tunnel: it reads the proxy's answer with a limit for each byte, and
-        # tells a refusal by a text only.
+        # http.client's own tunnel has no limit but one for each byte, and tells a refusal as text.
         response = http.client.HTTPResponse(self, method="CONNECT")  # type: ignore[arg-type]
         response.begin()
         self._end_head(response)
@@ -1179,6 +1166,7 @@ class _Attempt(io.RawIOBase):
                 failure = error
             left = memoryview(self.outgoing.read())
             if failure is not None and not isinstance(failure, ssl.SSLWantReadError):
+                self.exchange.observer.tick()  # for a signal that came amid a message
                 try:
                     self.sock.settimeout(0)
                     self.sock.send(left)  # an alert, for which nobody waits
@@ -1319,8 +1307,9 @@ class _Attempt(io.RawIOBase):
             import ssl
             try:
                 count = self._through_tls(self.tls.read, len(buffer), buffer)
-            except (ssl.SSLEOFError, ssl.SSLSyscallError):  # the latter from OpenSSL 1.1
-                pass  # some servers end without a word; the answer's length shows what is cut
+            except (ssl.SSLEOFError, ssl.SSLSyscallError) as error:  # the latter from OpenSSL 1.1
+                # Else some servers end without a word; the answer's length shows what is cut.
+                _let_through(error)
             except ssl.SSLError:
                 self.may_be_done = False  # this is no loss of the connection
                 raise
@@ -1354,9 +1343,10 @@ def _start_connecting(found: Any) -> Any:
     sock = socket.socket(family, type_, protocol)
     sock.setblocking(False)
     try:
-        sock.connect(address)
-    except BlockingIOError:
-        pass  # it is on its way
+        try:
+            sock.connect(address)
+        except BlockingIOError as error:
+            _let_through(error)  # else it is on its way
     except OSError:
         sock.close()
         raise
@@ -1519,7 +1509,7 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
         return exchange.error(ProtocolError, "there is not enough memory for it and its answer")
     if exchange.url.scheme == "https":
         error = _error_of_tls(attempt, failure, reason)
-        if error is not None:
+        if error:
             return error
     if isinstance(failure, OSError) and attempt.run_state == "not_sent":
         return _error_of_connecting(attempt, failure, reason)
@@ -1604,7 +1594,6 @@ def _certificate_advice(environ: Mapping[str, str]) -> str:
 
 
 def _problem_of_ca(path: str, is_file: bool) -> str:
-    """Return why a file or a folder of CA certificates cannot be used, as far as can be seen."""
     import ssl
     data = b""
     try:
@@ -1620,7 +1609,8 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
         if b"-----BEGIN" not in data:
             return "is not PEM"
         return "holds no certificate that can be used"
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        _let_through(error)
         return "does not exist"
     except (OSError, ValueError) as error:
         _let_through(error)
@@ -1685,7 +1675,6 @@ def _format_json(_command: str, document: Any) -> Iterator[str]:
 
 
 def _format_text(command: str, document: Any) -> Iterator[str]:
-    """Give what people read: help or a run's output as it is, a line per deletion, or a table."""
     if command == "help":
         yield document
     elif command == "run":
@@ -1717,7 +1706,6 @@ def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[s
 
 
 def _format_tsv(command: str, document: Any) -> Iterator[str]:
-    """Give what scripts read: a header row, then a row for each item, with escapes."""
     columns = _COMMANDS[command].columns
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     yield "\t".join(columns) + "\n"
@@ -1946,7 +1934,6 @@ def _objects(names: str, rows: Iterable[Sequence[Any]]) -> list[Document]:
 
 
 def _opencli_document() -> Document:
-    """Return the command line as the OpenCLI document that `bus help` and `bus configure` read."""
     variables = _objects("name secret description default", _VARIABLES)
     for variable in variables:
         is_secret = variable["secret"]
@@ -2298,8 +2285,7 @@ class _Process:
 class _Reporter(_Observer):
     """All that goes to standard error, as text or JSON, and a line about what is in progress."""
     def __init__(self, options: _Options, process: _Process) -> None:
-        # The options are looked at before they are checked: an error in one of them is printed in
-        # the format that the others ask for. The last one of a name counts.
+        # Not checked yet: an error in one is printed as the others ask. The last of a name counts.
         given = dict(options)
         self.is_quiet = "--quiet" in given
         self.is_json = given.get("--error-format") == "json"
@@ -2363,10 +2349,12 @@ class _Reporter(_Observer):
         run_id = _shown(_cell(document, "run_id"), self.secrets)
         code = json.dumps(_redacted_document(document.get("exit_code"), self.secrets))
         outcome = f"run {run_id}" if run_id else "the run"
-        if code == "null":
-            self.outcome = f"{outcome} has no exit code"
+        if code == "null":  # it may still be going on
+            outcome += " has no exit code"
         else:
-            self.outcome = f"{outcome} ended with exit code {_shown(code, self.secrets)}"
+            outcome += f" ended with exit code {_shown(code, self.secrets)}"
+            self.run_state = "finished"
+        self.outcome = outcome
 
     def warn(self, text: str) -> None:
         if not self.is_quiet:
@@ -2380,7 +2368,10 @@ class _Reporter(_Observer):
     def show_headers(self, mark: str, lines: Iterable[str]) -> None:
         if not self.is_tracing:
             return
+        end = time.monotonic() + _PATIENCE_SECONDS
         for line in lines:
+            if self.process.signal_number or time.monotonic() > end:
+                break  # for a signal that came amid a line, or a slow reader
             name, _, _ = line.partition(":")
             if name.lower().endswith("authorization"):
                 line = f"{name}: [redacted]"
@@ -2501,8 +2492,7 @@ class _Reporter(_Observer):
 
     def _write(self, text: str, wait_seconds: float) -> None:
         """Write to standard error, or give up: a result must not wait for one that nobody reads."""
-        # After a message that was not taken in time, the next ones do not wait. A signal is seen
-        # after a message, not amid it.
+        # After a message that was not taken in time, the next ones do not wait.
         self.process.is_writing = True
         try:
             data = self.unsent + text.encode("utf-8", "backslashreplace")
@@ -2529,8 +2519,7 @@ class _Result:
 
     def __init__(self, path: str | None) -> None:
         self._path = None if path == "-" else path
-        # The descriptor of a path that is overwritten in place. A FIFO or device is held from the
-        # check to the write, as its reader may not come twice.
+        # What is overwritten in place, held from the check on: a FIFO's reader may not come twice.
         self._held: int | None = None
         try:
             if not self._path:
@@ -2550,7 +2539,7 @@ class _Result:
             self._held = os.open(path, os.O_WRONLY)
         except FileNotFoundError as error:
             _let_through(error)
-            temporary = _name_beside(path)
+            temporary = _name_beside(_target(path))
             try:
                 os.close(os.open(temporary, _NEW_FILE, 0o666))
             finally:
@@ -2606,15 +2595,32 @@ def _target(path: str) -> str:
     """Return what a symbolic link names, existing or not, as the link itself is kept."""
     # Not realpath, which reads each folder above, and takes `name/` for `name`.
     for _ in range(40):  # as many links as Linux follows
-        if not os.path.islink(path):
+        try:
+            path = os.path.join(os.path.dirname(path), os.readlink(path))
+        except OSError as error:  # it is no link
+            _let_through(error)
             break
-        path = os.path.join(os.path.dirname(path), os.readlink(path))
     return path
 
 
+def _target_and_status(path: str) -> tuple[str, os.stat_result | None]:
+    """Return a path's target, and the status of what is there; "" where it does not name that."""
+    # In /proc a link's text may name another file. Nine looks, as a run may rename amid one.
+    for _ in range(9):
+        target = _target(path)
+        try:
+            status = os.lstat(target)
+            if os.path.samestat(status, os.stat(path)):
+                return target, status
+        except OSError as error:
+            _let_through(error)
+            if not os.path.lexists(target) and not os.path.exists(path):
+                return target, None
+    return "", None
+
+
 def _name_beside(path: str) -> str:
-    folder = os.path.dirname(_target(path))
-    return os.path.join(folder, f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
+    return os.path.join(os.path.dirname(path), f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
 
 
 def _remove(path: str) -> None:
@@ -2624,14 +2630,9 @@ def _remove(path: str) -> None:
         pass  # it never was there, or has its final name by now
 
 
-def _is_shared(path: str, status: os.stat_result) -> bool:
+def _is_shared(status: os.stat_result) -> bool:
     """Return whether a rename would leave a file's old content for others who have the file."""
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # 0: it was just replaced
-        return True
-    # In /proc a link's text may name another file. Nine looks, as a run may rename amid one.
-    target = _target(path)
-    looks = (os.path.exists(target) and os.path.samefile(path, target) for _ in range(9))
-    if target != path and not any(looks):
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         return True
     # A shell or a host program has it open, as with `> out` or `/dev/fd/3`.
     for descriptor in range(1024):  # the usual limit of a process
@@ -2649,15 +2650,14 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
     # Where there is no room for a new file, there may be none to overwrite the old one.
     fatal = [errno.ENOSPC, errno.EDQUOT]
     mode = 0o600  # nobody else may open it before it has that of the old file
-    try:
-        old = os.stat(path)
-    except FileNotFoundError:
-        old, mode = None, 0o666  # less what the umask takes
-        fatal += errno.errorcode  # every one, as there is no old one
-    if old is not None and _is_shared(path, old):
+    target, old = _target_and_status(path)
+    if not target or (old and _is_shared(old)):
         return False
+    if not old:
+        mode = 0o666  # less what the umask takes
+        fatal += errno.errorcode  # every one, as there is no old one
     # A signal may come at any moment, so the name is known before there is a file of it.
-    temporary = _name_beside(path)
+    temporary = _name_beside(target)
     try:
         try:
             descriptor = os.open(temporary, _NEW_FILE, mode)
@@ -2674,9 +2674,9 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             if old and old.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(old.st_mode))
             _write_all(descriptor, make_pieces())
-        fatal += [errno.ENOENT, errno.EXDEV]  # removed by now, or a link to another disk
+        fatal.append(errno.ENOENT)  # somebody has removed it, or renamed the folder
         try:
-            os.replace(temporary, _target(path))
+            os.replace(temporary, target)
         except OSError as error:  # a mounted file, or another's in a folder such as /tmp
             _let_through(error)
             if error.errno in fatal:

@@ -12,6 +12,7 @@ import pickle
 import re
 import signal
 import socket
+import ssl
 import sys
 import threading
 import typing
@@ -398,8 +399,8 @@ def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve:
         ("load_verify_locations", TimeoutError()), ("do_handshake", TimeoutError()),
         ("send", ConnectionAbortedError()), ("send", TimeoutError()), ("recv", TimeoutError()),
         ("ip_address", ValueError()), ("ip_network", ValueError()),
-        ("connect", TimeoutError()), ("decode", MemoryError()), ("raw_decode", ValueError()),
-        ("raw_decode", MemoryError()),
+        ("connect", TimeoutError()), ("connect", BlockingIOError()), ("decode", MemoryError()),
+        ("raw_decode", ValueError()), ("raw_decode", MemoryError()),
     ],
     ids=str,
 )  # fmt: skip
@@ -442,13 +443,17 @@ def test_odd_values_of_a_host_s_own_function(monkeypatch: pytest.MonkeyPatch) ->
     assert caught.value.run_state == "not_sent"
 
 
+@pytest.mark.parametrize("error", [TimeoutError(), FileNotFoundError()], ids=["time", "file"])
 def test_a_host_s_handler_amid_the_advice_for_a_certificate(
-    serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    serve: Serve,
+    certificates: Certificates,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Promise 4.9."""
     monkeypatch.setenv("SSL_CERT_DIR", str(certificates.folder))
     server = serve(silent(), tls=certificates.context(certificates.good))
-    with handler(TimeoutError()):
+    with handler(error):
         alarm_at_the_end_of("listdir")
         Client(server.url, CANARY).status()
 
@@ -484,6 +489,28 @@ def test_a_host_s_handler_amid_an_answer(status: str, error: Exception, serve: S
     with handler(error):
         Client(server.url, CANARY).status()
     assert server.methods() == ["GET"]
+
+
+def test_a_host_s_handler_whose_own_tls_ends(
+    serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 4.9: it is not the end of our answer."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    waiting = steps(Connection.read_request, alarm, Connection.hold)
+    server = serve(waiting, tls=certificates.context(certificates.good))
+    with handler(ssl.SSLEOFError()):
+        Client(server.url, CANARY).delete("a")
+
+
+@pytest.mark.parametrize("name", ["readlink", "lstat", "samestat"])
+def test_a_host_s_handler_amid_a_look_at_an_output(
+    name: str, cli: InProcess, api: Api, folder: Path
+) -> None:
+    """Promise 4.9."""
+    (folder / "out").touch()
+    with handler(FileNotFoundError()):
+        alarm_at_the_end_of(name)
+        cli("-o", "out", "run", "true", at=api)
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("boom"), urllib.error.URLError(OSError())])

@@ -15,7 +15,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -480,34 +479,25 @@ def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
 # --- what cannot be written goes to standard output: 6.13 -------------------------------------
 
 
-def test_a_file_that_was_replaced_a_moment_ago_is_not_shared(tmp_path: Path) -> None:
-    """Beside another writer it may have no link at all, and is to be renamed over all the same."""
-    path = str(tmp_path / "out")
-    with open(path, "wb") as file:
-        os.unlink(path)
-        status = os.fstat(file.fileno())
-    assert status.st_nlink == 0
-    assert not bus_containers._is_shared(path, status)
-
-
-def test_a_file_that_is_replaced_amid_a_look_is_not_shared(tmp_path: Path) -> None:
-    """A link to it, between the two steps of that look."""
+def test_a_file_that_is_replaced_amid_a_look(tmp_path: Path) -> None:
+    """Beside another writer it is to be renamed over all the same, by way of a link, too."""
     link, path, other = tmp_path / "link", tmp_path / "out", tmp_path / "other"
     link.symlink_to(path)
     path.write_bytes(OLD)
     other.write_bytes(OLD)
 
-    def replace(frame: Any, event: str, called: Any) -> None:
-        if event == "c_return" and called is os.stat and frame.f_code.co_name == "samefile":
+    def replace(_frame: Any, event: str, called: Any) -> None:
+        if event == "c_return" and called is os.lstat:
             sys.setprofile(None)
             other.replace(path)
 
     sys.setprofile(replace)
     try:
-        assert not bus_containers._is_shared(str(link), os.stat(link))
+        found = bus_containers._target_and_status(str(link))
     finally:
         sys.setprofile(None)
     assert not other.exists()
+    assert found == (str(path), path.stat())
 
 
 def test_a_result_that_is_taken_away_at_once(cli: InProcess, api: Api, folder: Path) -> None:
@@ -537,27 +527,28 @@ def test_a_link_in_a_folder_that_is_known_by_no_path(
     assert path.stat().st_ino != inode
 
 
-def test_a_link_that_names_another_disk_amid_the_writing(
-    cli: InProcess, api: Api, folder: Path
+@pytest.mark.parametrize("state", ["old", "link"])
+@pytest.mark.parametrize("moment", ["_write_all", "_name_beside"])
+def test_a_path_that_becomes_another_link_amid_the_writing(
+    moment: str, state: str, cli: InProcess, api: Api, folder: Path
 ) -> None:
-    """What is there is not overwritten in place."""
-    skip_if("" if os.path.isdir("/dev/shm") else "/dev/shm")
-    make_output("link", folder)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
-        there = Path(disk) / "there"
-        skip_if("" if os.stat(disk).st_dev != os.stat(folder).st_dev else "one disk")
-        there.write_bytes(OLD)
-        (folder / "new").symlink_to(there)
+    """What that one names was not looked at: it may be a device, or another's file."""
+    path = make_output(state, folder)
+    (folder / "other").write_bytes(OLD)
+    (folder / "new").symlink_to("other")
 
-        def move(frame: Any, event: str, _called: Any) -> None:
-            if (event, frame.f_code.co_name) == ("call", "_write_all"):
-                sys.setprofile(None)
-                (folder / "new").replace(folder / "out")
+    def move(frame: Any, event: str, _called: Any) -> None:
+        if (event, frame.f_code.co_name) == ("call", moment):
+            sys.setprofile(None)
+            (folder / "new").replace(folder / "out")
 
-        sys.setprofile(move)
-        result = cli("-o", "out", *RUN, at=api)
-        check_saved(result, DOCUMENTS["run"], "out", errno.EXDEV)
-        assert there.read_bytes() == OLD
+    sys.setprofile(move)
+    assert cli("-o", "out", *RUN, at=api)[:3] == (0, b"", b"")
+    after = tree(folder)
+    assert after.pop("other") == OLD
+    assert after.pop(path.name) == PRINTED
+    assert after.get("out", "other") == "other"
+    assert not [name for name in after if name.startswith(".")]
 
 
 def test_a_file_of_the_kernel(program: Program, api: Api) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -22,7 +23,9 @@ import pytest
 
 import bus_containers
 from hostile import (
+    AlertingTls,
     Api,
+    Certificates,
     Connection,
     FullPort,
     Hostile,
@@ -386,11 +389,11 @@ MOMENTS = {
 def test_a_signal_between_an_answer_and_its_writing(
     name: str, program: Program, api: Api
 ) -> None:
-    """Promise 6.3: what came of the run is told."""
+    """Promise 6.3: what came of the run is told, and no advice that it may be going on."""
     api.answers({**DOCUMENTS["run"], "run_id": "run-1", "exit_code": 127})
     result = hit_at(program, "return", name, MOMENTS[name])(*RUN, at=api)
     assert (result.code, result.out) == (-signal.SIGTERM, b"")
-    assert "terminated; run run-1 ended with exit code 127" in result.message
+    assert result.message.endswith("terminated; run run-1 ended with exit code 127\n")
 
 
 def test_a_signal_between_an_error_and_its_message(program: Program) -> None:
@@ -498,6 +501,39 @@ def test_a_signal_amid_a_message_about_an_answer(within: str, program: Program, 
     assert result.code == -signal.SIGTERM
     assert result.message.endswith("terminated; deleted: a\n")
     assert [document["run_id"] for document in json.loads(result.out)] == ["a"]
+
+
+def test_a_signal_amid_a_line_of_many(program: Program, api: Api) -> None:
+    """Promise 6.10: the others do not hold it up, should their reader be slow."""
+    amid = amid_a_message(program, "_end_head", "none")
+    result = amid("--trace", *RUN, at=api)
+    assert result.code == -signal.SIGTERM
+    assert [line for line in result.message.splitlines() if " < " in line] == [
+        "bus-containers: < 200 OK"
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_CORK, for two records in one packet")
+def test_a_signal_amid_a_message_before_tls_fails(
+    program: Program, certificates: Certificates
+) -> None:
+    """Promise 6.2: no alert is sent after it."""
+
+    def script(connection: Connection) -> None:
+        tls = AlertingTls(connection, certificates)
+        tls.read_request()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        tls.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
+        tls.alert(20)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        connection.hold()
+
+    amid = amid_a_message(program, "_end_head", "send")
+    with Hostile(script, scheme="https") as server:
+        env: Env = {"SSL_CERT_FILE": str(certificates.ca)}
+        result = amid("--trace", *RUN, at=server, env=env)
+    assert result.code == -signal.SIGTERM
+    assert result.message.endswith(f"terminated{ADVICE}\n")
 
 
 def test_a_signal_amid_a_message_before_the_token_is_read(program: Program) -> None:

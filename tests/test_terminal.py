@@ -397,6 +397,26 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
     check_each(check, [*STUCK], workers=len(STUCK))
 
 
+@second_tier
+def test_a_result_does_not_wait_for_a_slow_reader_of_headers(program: Program, api: Api) -> None:
+    """Promise 6.9: each line was taken just in time, and in all they took two minutes."""
+    api.sends(message(DOCUMENT, "200 OK", *HEADERS))
+    reader, err = os.pipe()
+    fill(err)
+    with ExitStack() as stack:
+        stack.callback(os.close, reader)
+        process = stack.enter_context(program.start("--trace", *RUN, at=api, stderr=err))
+        stack.callback(process.kill)
+        os.close(err)
+        end = time.monotonic() + LIMIT
+        while process.poll() is None and time.monotonic() < end:
+            os.read(reader, 4096)
+            time.sleep(0.4)
+        assert process.poll() == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == as_json(RESULT)
+
+
 def test_a_message_waits_for_the_reader_of_an_almost_full_terminal(
     cli: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
