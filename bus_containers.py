@@ -25,14 +25,14 @@ document -> format -> result. First come errors and client, then what serves the
 
 from __future__ import annotations
 
+# Of signal and collections.abc these are the parts that are always loaded. json, re, http and the
+# like are imported by the functions that need them: `--version` needs none of them.
+import _signal  # type: ignore[import-not-found]
 import io
 import os
 import stat
 import sys
 import time
-
-# collections.abc would import all of collections; this is the part that is always loaded. json, re,
-# http and the like are imported by the functions that need them: `--version` needs none of them.
 from _collections_abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 TYPE_CHECKING = False  # type checkers know this name; importing typing would slow each start
@@ -129,11 +129,15 @@ def _rounded(seconds: float) -> str:
 
 def _let_through(error: BaseException) -> None:
     """Raise an error again that a signal's handler raised: that of a host may be a TimeoutError."""
+    handlers = map(_signal.getsignal, _signal.valid_signals())
+    codes = [getattr(handler, "__code__", None) for handler in handlers]
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         frame, trace = trace.tb_frame, trace.tb_next
+        if trace.tb_frame.f_code in codes:
+            raise error
         for value in trace.tb_frame.f_locals.values():
-            # A handler's second argument is the frame that it broke into.
+            # A handler's second argument is the frame that it broke into, unless deleted.
             if value is frame or (isinstance(value, tuple) and id(frame) in map(id, value)):
                 raise error
 
@@ -234,11 +238,10 @@ class _InternalError(BusContainersError):
 
 
 class _Interrupted(KeyboardInterrupt):
-    """A signal ended a call. It carries the shell's exit code, and what is known of a run."""
-    def __init__(self, exit_code: int = 130, run_state: str | None = None) -> None:
-        super().__init__(exit_code, run_state)
+    """A signal ended a call. It carries the shell's exit code."""
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
         self.exit_code = exit_code
-        self.run_state = run_state
 
 
 def _internal_error(fault: BaseException) -> _InternalError:
@@ -346,8 +349,8 @@ class Client:
             error.retryable = error.retryable and error.run_state != "unknown"
             raise
         except KeyboardInterrupt as interrupt:
-            code = getattr(interrupt, "exit_code", 130)
-            raise _Interrupted(code, exchange.run_state) from interrupt
+            vars(interrupt)["run_state"] = exchange.run_state
+            raise
 
     def runs(self) -> Document:
         """Return `{"items": [...]}`, the account's runs, from `/status` if there is no `/runs`."""
@@ -712,10 +715,12 @@ def _parse_address(host: str) -> Any:
 
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 _UNIT_NANOSECONDS = {
-    "ns": 1, "us": 10**3, "ms": 10**6,
+    "ns": 1, "us": 10**3,
+    "ms": 10**6,
     "\u00b5s": 10**3,  # with the micro sign
     "\u03bcs": 10**3,  # with the Greek letter mu
-    "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
+    "s": 10**9, "m": 60 * 10**9,
+    "h": 3600 * 10**9,
 }
 
 
@@ -809,8 +814,8 @@ class _Observer:
     def enter_state(self, run_state: str) -> None:
         """What is known of a run has changed."""
 
-    def receive_run(self, document: Document) -> None:
-        """The answer for a run has arrived."""
+    def receive_run(self, document: Document, secrets: list[str]) -> None:
+        """The answer for a run has arrived. It may hold the secrets, which are those to hide."""
 
     def warn(self, text: str) -> None:
         """Something is wrong that does not end the exchange."""
@@ -886,7 +891,9 @@ class _Exchange:
                 answer = _Attempt(self).perform()  # what is known of a try is that try's own
                 document: Document = _usable_document(self, answer, shape)
                 if self.method == "POST":
-                    self.observer.receive_run(document)
+                    self.observer.receive_run(document, self.secrets)
+                    if document.get("exit_code") is not None:  # else it may still be going on
+                        self.run_state = "finished"
                 return document
             except BusContainersError as error:
                 is_late = self.timeout and time.monotonic() + pause_seconds >= self.deadline
@@ -2244,8 +2251,7 @@ class _Process:
             signal.signal(signal.SIGTERM, self._interrupt)
         self.reserve = bytes(2 * _IO_BYTES)
         gc.disable()  # what it makes lives to its end, and collecting slows large answers down
-        # Where one of these is closed, the next socket would get its number. The folder / takes its
-        # place, as nothing can be written to that, not by way of /dev/stdout either.
+        # The folder / takes a closed one's place: it takes no words, as a socket there would.
         for descriptor in (0, 1, 2):
             try:
                 os.fstat(descriptor)
@@ -2293,7 +2299,7 @@ class _Reporter(_Observer):
         self.is_verbose = self.is_tracing or "--verbose" in given
         try:
             self.is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        except (AttributeError, ValueError):  # there is none, or it is closed
+        except (AttributeError, OSError, ValueError):  # there is none, or it is closed
             self.is_terminal = False
         colour = "never" if "--no-color" in given else given.get("--color", "auto")
         is_wanted = self.is_terminal and not os.environ.get("NO_COLOR")
@@ -2303,8 +2309,8 @@ class _Reporter(_Observer):
         # An error may quote a token from a wrong place. A variable may hold `Bearer "TOKEN"`.
         words = " ".join(os.environ.get(name, "") for name in _TOKEN_VARIABLES).split()
         self.secrets = [word.strip(_QUOTES) for word in words]
-        self.run_state = "not_sent"
-        self.outcome = ""  # what is done, which whatever fails after it has to tell
+        # What is known of a run, and what came of it, which whatever fails after it has to tell.
+        self.fate = ("not_sent", "")  # one value, as a signal may come between two
         self.has_failed = False
         # The documents of `delete`, kept here so that they are printed after an interrupt, too.
         self.deleted: list[Document] = []
@@ -2342,19 +2348,18 @@ class _Reporter(_Observer):
         self._write(text, 0)
 
     def enter_state(self, run_state: str) -> None:
-        self.run_state = run_state
+        self.fate = (run_state, "")
 
-    def receive_run(self, document: Document) -> None:
+    def receive_run(self, document: Document, secrets: list[str]) -> None:
         import json
+        self.secrets += secrets  # which are also those of a proxy
         run_id = _shown(_cell(document, "run_id"), self.secrets)
         code = json.dumps(_redacted_document(document.get("exit_code"), self.secrets))
-        outcome = f"run {run_id}" if run_id else "the run"
-        if code == "null":  # it may still be going on
-            outcome += " has no exit code"
+        run = f"run {run_id}" if run_id else "the run"
+        if code == "null":
+            self.fate = ("unknown", f"{run} has no exit code")
         else:
-            outcome += f" ended with exit code {_shown(code, self.secrets)}"
-            self.run_state = "finished"
-        self.outcome = outcome
+            self.fate = ("finished", f"{run} ended with exit code {_shown(code, self.secrets)}")
 
     def warn(self, text: str) -> None:
         if not self.is_quiet:
@@ -2397,13 +2402,14 @@ class _Reporter(_Observer):
             hint = f"see `{_PROGRAM} {topic}--help`"
             error.advice = f"{error.advice}; {hint}" if error.advice else hint
         self.speak_of_options(error, command)
+        run_state, outcome = self.fate
         if self.deleted and error.kind in ("interrupted", "output"):
             ids = [document["run_id"] for document in self.deleted]
-            self.outcome = f"deleted: {' '.join(ids)}"
-        if self.outcome:
-            error.reason += f"; {self.outcome}"
+            outcome = f"deleted: {' '.join(ids)}"
+        if outcome:
+            error.reason += f"; {outcome}"
         if command == "run":
-            error.run_state = error.run_state or self.run_state  # on which its text depends
+            error.run_state = error.run_state or run_state  # on which its text depends
         document = error.as_document()
         if command == "run":
             document["run_state"] = error.run_state
@@ -2463,7 +2469,7 @@ class _Reporter(_Observer):
                 text = f"cannot write to standard error: {_reason_of(error)}"
                 raise _OutputError(text) from None
         fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
-        text = self.outcome
+        _, text = self.fate
         duration = _shown(_cell(document, "duration_ms"), self.secrets)
         if duration:
             text += f" after {duration} ms"
@@ -2505,7 +2511,7 @@ class _Reporter(_Observer):
                 self.patience_seconds = 0
         except Exception as error:  # noqa: BLE001 - there is none, it is closed, or a host's own
             _let_through(error)
-            self.process.is_mute |= isinstance(error, MemoryError)
+            self.process.is_mute |= self.has_failed and isinstance(error, MemoryError)
         finally:
             self.process.is_writing = False
 
@@ -2539,7 +2545,7 @@ class _Result:
             self._held = os.open(path, os.O_WRONLY)
         except FileNotFoundError as error:
             _let_through(error)
-            temporary = _name_beside(_target(path))
+            temporary = _name_beside(_target(path)[0])
             try:
                 os.close(os.open(temporary, _NEW_FILE, 0o666))
             finally:
@@ -2591,32 +2597,26 @@ class _Result:
         raise failure
 
 
-def _target(path: str) -> str:
-    """Return what a symbolic link names, existing or not, as the link itself is kept."""
+def _target(path: str) -> tuple[str, os.stat_result | None]:
+    """Follow a path's links; return the last name, and the status of what that is, or None."""
     # Not realpath, which reads each folder above, and takes `name/` for `name`.
+    status = None
     for _ in range(40):  # as many links as Linux follows
         try:
-            path = os.path.join(os.path.dirname(path), os.readlink(path))
-        except OSError as error:  # it is no link
+            status = os.lstat(path)
+            above = os.path.dirname(path)
+            folder = os.stat(above or os.curdir)
+            is_sticky = folder.st_mode & stat.S_ISVTX
+            if is_sticky and status.st_uid not in (folder.st_uid, os.geteuid()):
+                break  # in a folder such as /tmp another user's link may be a trap
+            # A descriptor's link in /proc, which others may not read, may name another file.
+            if not stat.S_ISLNK(status.st_mode) or not status.st_mode & stat.S_IROTH:
+                break
+            path = os.path.join(above, os.readlink(path))
+        except FileNotFoundError as error:
             _let_through(error)
-            break
-    return path
-
-
-def _target_and_status(path: str) -> tuple[str, os.stat_result | None]:
-    """Return a path's target, and the status of what is there; "" where it does not name that."""
-    # In /proc a link's text may name another file. Nine looks, as a run may rename amid one.
-    for _ in range(9):
-        target = _target(path)
-        try:
-            status = os.lstat(target)
-            if os.path.samestat(status, os.stat(path)):
-                return target, status
-        except OSError as error:
-            _let_through(error)
-            if not os.path.lexists(target) and not os.path.exists(path):
-                return target, None
-    return "", None
+            return path, None
+    return path, status
 
 
 def _name_beside(path: str) -> str:
@@ -2650,12 +2650,12 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
     # Where there is no room for a new file, there may be none to overwrite the old one.
     fatal = [errno.ENOSPC, errno.EDQUOT]
     mode = 0o600  # nobody else may open it before it has that of the old file
-    target, old = _target_and_status(path)
-    if not target or (old and _is_shared(old)):
-        return False
+    target, old = _target(path)
     if not old:
         mode = 0o666  # less what the umask takes
         fatal += errno.errorcode  # every one, as there is no old one
+    elif _is_shared(old):
+        return False
     # A signal may come at any moment, so the name is known before there is a file of it.
     temporary = _name_beside(target)
     try:
@@ -2894,7 +2894,7 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
         return report.process.failure_code if report.has_failed else code
     finally:
         try:
-            if result is not None:
+            if result:
                 result.close()
         except OSError:
             pass  # nothing was written to it, or that has failed and is told
@@ -2903,7 +2903,7 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
 def _write_result(args: argparse.Namespace, result: _Result | None, document: Any) -> None:
     if args.command == "delete" and len(args.words) == 1:
         document = document[0] if document else None  # an object for one id, a list for several
-    if document is not None and result is not None:
+    if result and document is not None:
         result.write(lambda: _FORMATS[args.format](args.command, document))
 
 

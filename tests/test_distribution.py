@@ -364,12 +364,12 @@ def slim(library: Path, folder: Path) -> Path:
     return folder
 
 
-NO_MEMORY = """
+CANNOT_IMPORT = """
 import runpy, sys
 class Finder:
     def find_spec(name, *_):
         if name == "bus_containers":
-            raise MemoryError
+            raise eval(sys.argv[2])
 sys.meta_path.insert(0, Finder)
 runpy.run_path(sys.argv[1])
 """
@@ -391,8 +391,13 @@ def test_a_python_that_will_not_do_is_told(archive: Path, tmp_path: Path, start:
         f" take the file bus_containers.py ({sys.executable})\n"
     )
     assert start(sys.executable, "-c", code, archive)[:3] == (2, b"", told.encode())
-    told = f"bus-containers: there is not enough memory to start ({sys.executable})\n"
-    assert start(sys.executable, "-c", NO_MEMORY, archive)[:3] == (2, b"", told.encode())
+    for error, reason in (
+        ("MemoryError()", "there is not enough memory"),
+        ("ImportError('no room for zlib')", "no room for zlib"),
+    ):
+        told = f"bus-containers: cannot start: {reason} ({sys.executable})\n"
+        result = start(sys.executable, "-c", CANNOT_IMPORT, archive, error)
+        assert result[:3] == (2, b"", told.encode())
 
 
 @second_tier

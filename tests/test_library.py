@@ -338,10 +338,10 @@ def test_timeouts(serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch)
 
 
 @contextmanager
-def handler(error: BaseException, *, is_wrapped: bool = False) -> Iterator[None]:
+def handler(error: BaseException, name: str = "late") -> Iterator[None]:
     """A signal's handler of a host program raises this, which has to come out as it is.
 
-    As many do, it takes itself away first.
+    As many do, it takes itself away first; or it says that it does not use its arguments.
     """
 
     def expire(_number: int, _frame: object) -> None:
@@ -354,8 +354,13 @@ def handler(error: BaseException, *, is_wrapped: bool = False) -> Iterator[None]
     def wrapped(*arguments: Any) -> None:
         expire(*arguments)
 
-    form = wrapped if is_wrapped else functools.partial(late, 1, 2, 3)
-    before = signal.signal(signal.SIGALRM, form)
+    def unused(number: int, frame: object) -> None:
+        del number, frame
+        raise error
+
+    forms: dict[str, Any] = {"wrapped": wrapped, "unused": unused}
+    forms["late"] = functools.partial(late, 1, 2, 3)
+    before = signal.signal(signal.SIGALRM, forms[name])
     try:
         with pytest.raises(type(error)) as caught:
             yield
@@ -380,14 +385,18 @@ def alarm_at_the_end_of(name: str) -> None:
     sys.setprofile(hit)
 
 
-@pytest.mark.parametrize("text", ["enough", "timed out"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("wrapped", "enough"), ("late", "timed out"), ("unused", "timed out")]
+)
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_what_a_host_s_handler_raises_ends_a_call(scheme: str, text: str, serve: Serve) -> None:
+def test_what_a_host_s_handler_raises_ends_a_call(
+    scheme: str, name: str, text: str, serve: Serve
+) -> None:
     """Promise 4.9: before a request is sent (amid TLS) or after. The usual idiom for a limit."""
     arrival = {"http": Connection.read_request, "https": Connection.await_data}[scheme]
     server = serve(steps(arrival, alarm, Connection.hold), answer(BODIES["run"]))
     client = Client(server.url.replace("http", scheme, 1), CANARY)
-    with handler(TimeoutError(text), is_wrapped=text == "enough"):
+    with handler(TimeoutError(text), name):
         client.run(["true"], timeout=LIMIT)
     assert server.methods() == ["POST"] * (scheme == "http")
 
@@ -491,6 +500,22 @@ def test_a_host_s_handler_amid_an_answer(status: str, error: Exception, serve: S
     assert server.methods() == ["GET"]
 
 
+class Stop(KeyboardInterrupt):
+    """A host's own."""
+
+
+@pytest.mark.parametrize("moment", ["register", "send", "fetch"])
+def test_an_interrupt_that_a_host_s_handler_raises(moment: str, serve: Serve) -> None:
+    """Promise 4.6: it tells what is known of the run."""
+    server = serve(answer(BODIES["run"]))
+    error = Stop()
+    with handler(error):
+        alarm_at_the_end_of(moment)
+        Client(server.url, CANARY).run(["true"], timeout=LIMIT)
+    known = {"register": "not_sent", "send": "unknown", "fetch": "finished"}
+    assert vars(error)["run_state"] == known[moment]
+
+
 def test_a_host_s_handler_whose_own_tls_ends(
     serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,7 +532,8 @@ def test_a_host_s_handler_amid_a_look_at_an_output(
     name: str, cli: InProcess, api: Api, folder: Path
 ) -> None:
     """Promise 4.9."""
-    (folder / "out").touch()
+    (folder / "target").touch()
+    (folder / "out").symlink_to("target")
     with handler(FileNotFoundError()):
         alarm_at_the_end_of(name)
         cli("-o", "out", "run", "true", at=api)

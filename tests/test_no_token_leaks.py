@@ -404,6 +404,27 @@ def test_a_proxy_that_sends_its_login_back(scheme: str, login: str, cli: InProce
     check_no_password(everything_said_by(caught.value))
 
 
+@pytest.mark.parametrize("field", ["run_id", "exit_code", "duration_ms"])
+def test_a_proxy_that_answers_with_its_login(field: str, cli: InProcess) -> None:
+    """In place of the API, as a fact of a run. The result is passed on as it came."""
+
+    def script(connection: Connection) -> None:
+        request = connection.read_request()
+        value = re.search(rb"(?i)\r\nproxy-authorization: \S+ (\S+)\r\n", request)
+        assert value
+        document = {"run_id": "r", "exit_code": 0, "duration_ms": 1}
+        text = f"{value[1].decode()} {base64.b64decode(value[1]).decode()}"
+        connection.send(message(json.dumps({**document, field: text}).encode()))
+
+    with Hostile(script) as proxy:
+        url = proxy.url.replace("//", f"//{LOGINS[0]}@")
+        env: Env = {"BUS_AI_TOKEN": CANARY, "HTTP_PROXY": url}
+        for options in (("-ftext",), ("-ftext", "--error-format", "json")):
+            result = cli("--api-url", "http://platform.test", *options, *RUN, env=env)
+            assert "[redacted]" in result.message
+            check_no_password(result.err)
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_login_with_a_short_password_that_is_sent_back(scheme: str, cli: InProcess) -> None:
     """Such a password alone may be a part of any word, but the login as a whole is not."""

@@ -479,25 +479,50 @@ def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
 # --- what cannot be written goes to standard output: 6.13 -------------------------------------
 
 
-def test_a_file_that_is_replaced_amid_a_look(tmp_path: Path) -> None:
-    """Beside another writer it is to be renamed over all the same, by way of a link, too."""
-    link, path, other = tmp_path / "link", tmp_path / "out", tmp_path / "other"
-    link.symlink_to(path)
-    path.write_bytes(OLD)
-    other.write_bytes(OLD)
+LOOKS = [("old", os.lstat), ("old", os.fstat), ("link", os.lstat), ("link", os.readlink)]
 
-    def replace(_frame: Any, event: str, called: Any) -> None:
-        if event == "c_return" and called is os.lstat:
+
+@pytest.mark.parametrize(("state", "step"), LOOKS)
+def test_a_file_that_is_replaced_amid_a_look(
+    state: str, step: object, cli: InProcess, api: Api, folder: Path
+) -> None:
+    """By another writer: that one's file is renamed over, too, not overwritten in place."""
+    path, other = make_output(state, folder), folder / "other"
+    other.write_bytes(OLD)
+    inode = other.stat().st_ino
+
+    def replace(frame: Any, event: str, called: Any) -> None:
+        name = frame.f_code.co_name
+        if event == "c_return" and called is step and name in ("_target", "_is_shared"):
             sys.setprofile(None)
             other.replace(path)
 
     sys.setprofile(replace)
     try:
-        found = bus_containers._target_and_status(str(link))
+        assert cli("-o", "out", *RUN, at=api)[:3] == (0, b"", b"")
     finally:
         sys.setprofile(None)
+    assert path.read_bytes() == PRINTED
+    assert path.stat().st_ino != inode
     assert not other.exists()
-    assert found == (str(path), path.stat())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's link")
+def test_a_link_of_another_user_in_a_folder_such_as_tmp(
+    cli: InProcess, serve: Serve, folder: Path
+) -> None:
+    """It may be a trap: nothing is made where it says, nor replaced there."""
+    folder.chmod(0o1777)
+
+    def lay() -> None:
+        (folder / "out").symlink_to("trap")
+        os.lchown(folder / "out", 1, 1)
+
+    for _ in range(2):
+        result = cli("-o", "out", *RUN, at=serve(meanwhile(lay)))
+        assert (result.code, result.out) == (125, PRINTED)
+        assert tree(folder) == {"out": "trap"}
+        (folder / "out").unlink()
 
 
 def test_a_result_that_is_taken_away_at_once(cli: InProcess, api: Api, folder: Path) -> None:

@@ -25,8 +25,8 @@ def main():
 
     try:
         from bus_containers import console
-    except MemoryError:
-        refuse("there is not enough memory to start")
+    except (ImportError, MemoryError) as error:
+        refuse("cannot start: " + (str(error) or "there is not enough memory"))
 
     console()
 
