@@ -25,14 +25,14 @@ document -> format -> result. First come errors and client, then what serves the
 
 from __future__ import annotations
 
-# Of signal and collections.abc these are the parts that are always loaded. json, re, http and the
-# like are imported by the functions that need them: `--version` needs none of them.
-import _signal  # type: ignore[import-not-found]
 import io
 import os
 import stat
 import sys
 import time
+
+# collections.abc would import all of collections; this is the part that is always loaded. json, re,
+# http and the like are imported by the functions that need them: `--version` needs none of them.
 from _collections_abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 TYPE_CHECKING = False  # type checkers know this name; importing typing would slow each start
@@ -129,15 +129,14 @@ def _rounded(seconds: float) -> str:
 
 def _let_through(error: BaseException) -> None:
     """Raise an error again that a signal's handler raised: that of a host may be a TimeoutError."""
-    handlers = map(_signal.getsignal, _signal.valid_signals())
-    codes = [getattr(handler, "__code__", None) for handler in handlers]
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         frame, trace = trace.tb_frame, trace.tb_next
-        if trace.tb_frame.f_code in codes:
+        code, variables = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        # A handler's second argument is the frame that it broke into. Some delete it as unused.
+        if not {*code.co_varnames[: code.co_argcount]} <= {*variables}:
             raise error
-        for value in trace.tb_frame.f_locals.values():
-            # A handler's second argument is the frame that it broke into, unless deleted.
+        for value in variables.values():
             if value is frame or (isinstance(value, tuple) and id(frame) in map(id, value)):
                 raise error
 
@@ -342,12 +341,13 @@ class Client:
             timeout = _run_timeout(timeout_seconds)
         exchange = _Exchange(self, "POST", "runs", request=request, timeout=timeout)
         try:
-            return exchange.fetch()
-        except BusContainersError as error:
-            error.run_state = exchange.run_state
-            # Whoever retries what may be going on pays for two runs.
-            error.retryable = error.retryable and error.run_state != "unknown"
-            raise
+            try:
+                return exchange.fetch()
+            except BusContainersError as error:
+                error.run_state = exchange.run_state
+                # Whoever retries what may be going on pays for two runs.
+                error.retryable = error.retryable and error.run_state != "unknown"
+                raise
         except KeyboardInterrupt as interrupt:
             vars(interrupt)["run_state"] = exchange.run_state
             raise
@@ -565,7 +565,6 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
 
 
 def _read_token(path: str, missing: str = "") -> tuple[str, str]:
-    """Return the token in a file, and its name. If there is no file, the error says `missing`."""
     name = path or "a file without a name"
     source: str | int = path
     if path == "-":
@@ -677,7 +676,6 @@ def _is_listed(url: str, entries: str) -> bool:
 
 
 def _is_match(name: str, host: str, address: Any) -> bool:
-    """Return whether an entry of NO_PROXY, without its port, names a host, or its address."""
     import ipaddress
     if name == "*":
         return True
@@ -958,7 +956,7 @@ def _any_form(character: str) -> str:
     if character.isascii() and (character.isalnum() or character in "-._"):  # never escaped
         return f"[{character}]"
     code = ord(character)
-    return rf"(\\?\{character}|%{code:02x}|\\u{code:04x}|&#?\w+;)"
+    return rf"(\\{{0,3}}\{character}|%{code:02x}|\\{{1,3}}u{code:04x}|&#?\w+;)"  # JSON in JSON, too
 
 
 def _redacted_document(value: Any, secrets: Sequence[str]) -> Any:
@@ -1558,7 +1556,6 @@ def _error_of_connecting(attempt: _Attempt, failure: OSError, reason: str) -> Bu
 
 
 def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainersError | None:
-    """Return the error of a failure of TLS that rules out a run, else None."""
     import ssl
     exchange = attempt.exchange
     if not isinstance(failure, ssl.SSLError) or attempt.run_state != "not_sent":
@@ -2354,12 +2351,12 @@ class _Reporter(_Observer):
         import json
         self.secrets += secrets  # which are also those of a proxy
         run_id = _shown(_cell(document, "run_id"), self.secrets)
-        code = json.dumps(_redacted_document(document.get("exit_code"), self.secrets))
+        code = _shown(json.dumps(document.get("exit_code")), self.secrets)
         run = f"run {run_id}" if run_id else "the run"
         if code == "null":
             self.fate = ("unknown", f"{run} has no exit code")
         else:
-            self.fate = ("finished", f"{run} ended with exit code {_shown(code, self.secrets)}")
+            self.fate = ("finished", f"{run} ended with exit code {code}")
 
     def warn(self, text: str) -> None:
         if not self.is_quiet:
@@ -2545,7 +2542,10 @@ class _Result:
             self._held = os.open(path, os.O_WRONLY)
         except FileNotFoundError as error:
             _let_through(error)
-            temporary = _name_beside(_target(path)[0])
+            target, status = _target(path)
+            if status and stat.S_ISLNK(status.st_mode):  # one that is not followed
+                raise
+            temporary = _name_beside(target)
             try:
                 os.close(os.open(temporary, _NEW_FILE, 0o666))
             finally:
@@ -2601,13 +2601,13 @@ def _target(path: str) -> tuple[str, os.stat_result | None]:
     """Follow a path's links; return the last name, and the status of what that is, or None."""
     # Not realpath, which reads each folder above, and takes `name/` for `name`.
     status = None
-    for _ in range(40):  # as many links as Linux follows
+    for _ in range(41):  # Linux follows 40
         try:
             status = os.lstat(path)
             above = os.path.dirname(path)
             folder = os.stat(above or os.curdir)
-            is_sticky = folder.st_mode & stat.S_ISVTX
-            if is_sticky and status.st_uid not in (folder.st_uid, os.geteuid()):
+            is_public = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
+            if is_public and status.st_uid != os.geteuid():
                 break  # in a folder such as /tmp another user's link may be a trap
             # A descriptor's link in /proc, which others may not read, may name another file.
             if not stat.S_ISLNK(status.st_mode) or not status.st_mode & stat.S_IROTH:

@@ -52,7 +52,7 @@ from hostile import (
     steps,
 )
 from local_platform import PROFILE_IMAGES, Platform
-from support import BODIES, CANARY, LIMIT, InProcess, Program, Result, fill, second_tier
+from support import BODIES, CANARY, DOCUMENTS, LIMIT, InProcess, Program, Result, fill, second_tier
 
 Serve = Callable[..., Hostile]
 OPTION = re.compile("--(?!scope)")  # which is an option of `bus auth token`
@@ -356,6 +356,7 @@ def handler(error: BaseException, name: str = "late") -> Iterator[None]:
 
     def unused(number: int, frame: object) -> None:
         del number, frame
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         raise error
 
     forms: dict[str, Any] = {"wrapped": wrapped, "unused": unused}
@@ -440,6 +441,28 @@ class Odd:
         raise ValueError("the truth value is ambiguous")
 
 
+def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As what instruments a program does: all that it wraps has one code."""
+
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        return function(*arguments, **keywords)
+
+    return wrapper
+
+
+def test_a_host_that_wraps_its_handler_and_the_network(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 4.9: no signal came, so a connection under way is just that."""
+    monkeypatch.setattr(socket, "socket", type("Socket", (socket.socket,), {}))
+    monkeypatch.setattr(socket.socket, "connect", traced(socket.socket.connect))
+    before = signal.signal(signal.SIGALRM, traced(lambda *_: None))
+    try:
+        assert Client(api.url, CANARY).run(["true"]) == DOCUMENTS["run"]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_odd_values_of_a_host_s_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 4.9: what it raises is the network's, whatever it has in its variables."""
 
@@ -514,6 +537,31 @@ def test_an_interrupt_that_a_host_s_handler_raises(moment: str, serve: Serve) ->
         Client(server.url, CANARY).run(["true"], timeout=LIMIT)
     known = {"register": "not_sent", "send": "unknown", "fetch": "finished"}
     assert vars(error)["run_state"] == known[moment]
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_an_interrupt_just_before_an_error_comes_out(number: int, api: Api) -> None:
+    """Promise 4.6: at each line where what is known of the run is put on the error."""
+    api.answers(b"{}", status="404 No")
+    lines = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code is not Client.run.__code__:
+            return None
+        lines += 1 if lines or event == "exception" else 0
+        if lines == number and event == "line":
+            raise Stop
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(Stop) as caught:
+            Client(api.url, CANARY).run(["true"])
+    finally:
+        sys.settrace(before)
+    assert vars(caught.value)["run_state"] == "refused"
 
 
 def test_a_host_s_handler_whose_own_tls_ends(

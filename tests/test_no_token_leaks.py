@@ -262,6 +262,12 @@ def test_a_token_in_a_long_word_of_the_command_line(cli: InProcess) -> None:
         assert CANARY[:8] not in told
 
 
+def test_what_is_large_where_a_number_belongs(cli: InProcess, api: Api) -> None:
+    """It is not searched for secrets, which would take long, so none of it is shown."""
+    api.answers({"run_id": "r", "exit_code": ["x" * 1_100_000]})
+    assert cli(*RUN, at=api).error.endswith("ended with exit code ...")
+
+
 def test_a_token_that_is_escaped_where_a_number_belongs(cli: InProcess, api: Api) -> None:
     api.answers({"run_id": "r", "exit_code": "s3cr3t\\/0fAnAccount"})
     told = cli(*RUN, at=api, env={"BUS_AI_TOKEN": "s3cr3t/0fAnAccount"}).error

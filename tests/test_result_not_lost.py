@@ -518,11 +518,26 @@ def test_a_link_of_another_user_in_a_folder_such_as_tmp(
         (folder / "out").symlink_to("trap")
         os.lchown(folder / "out", 1, 1)
 
-    for _ in range(2):
-        result = cli("-o", "out", *RUN, at=serve(meanwhile(lay)))
-        assert (result.code, result.out) == (125, PRINTED)
-        assert tree(folder) == {"out": "trap"}
-        (folder / "out").unlink()
+    result = cli("-o", "out", *RUN, at=serve(meanwhile(lay)))
+    assert (result.code, result.out) == (125, PRINTED)
+    server = serve(silent())
+    assert cli("-o", "out", *RUN, at=server)[:2] == (125, b"")
+    assert server.methods() == []
+    assert tree(folder) == {"out": "trap"}
+    folder.chmod(0o1755)
+    assert cli("-o", "out", *RUN, at=serve(answer(BODIES["run"]))).code == 0
+    assert tree(folder) == {"out": "trap", "trap": PRINTED}
+
+
+def test_a_chain_of_links(cli: InProcess, api: Api, folder: Path) -> None:
+    """As many as Linux follows, to what is not there yet, and one more."""
+    for number in range(1, 42):
+        (folder / str(number)).symlink_to(str(number - 1))
+    assert cli("-o", "40", *RUN, at=api).code == 0
+    assert (folder / "0").read_bytes() == PRINTED
+    told = check_failure(cli("-o", "41", *RUN, at=api), 125)
+    assert told == f"bus-containers: cannot write to 41: {os.strerror(errno.ELOOP)}"
+    assert len(api.requests) == 1
 
 
 def test_a_result_that_is_taken_away_at_once(cli: InProcess, api: Api, folder: Path) -> None:
