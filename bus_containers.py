@@ -117,7 +117,6 @@ def _shown(text: str, secrets: Iterable[str]) -> str:
 
 
 def _rounded(seconds: float) -> str:
-    """Return a length of time in a readable unit: `1.5 s`, `45 min`, `3 h`, `2 d`."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     if seconds < 2 * 3600:
@@ -2129,7 +2128,6 @@ def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
 def _descriptor(stream: Any) -> int | None:
-    """Return the descriptor that can be written to in a stream's place, or None."""
     # A host's own object, as that of gzip, may have one to which only that object may write.
     if type(stream) is not io.TextIOWrapper:
         return None
@@ -2656,7 +2654,6 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         fatal += errno.errorcode  # every one, as there is no old one
     elif _is_shared(old):
         return False
-    # A signal may come at any moment, so the name is known before there is a file of it.
     temporary = _name_beside(target)
     try:
         try:
@@ -2684,7 +2681,10 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             return False
         return True
     finally:
-        _remove(temporary)
+        try:
+            _remove(temporary)
+        finally:
+            _remove(temporary)  # again, as a signal may come amid the first
 
 
 # ---- Commands: each from its options to a document ----------------------------------------------

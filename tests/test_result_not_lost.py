@@ -323,6 +323,29 @@ def test_a_signal_amid_the_writing(
         assert [*tree(folder)] == ["out"]
 
 
+def test_a_signal_just_before_a_hidden_file_is_removed(folder: Path) -> None:
+    """It is removed all the same, where the writing has failed."""
+    make_output("old", folder)
+
+    def pieces() -> Iterator[str]:
+        yield "new"
+        assert len(tree(folder)) == 2
+        raise OSError
+
+    def interrupt(frame: Any, event: str, _called: Any) -> None:
+        if (event, frame.f_code.co_name) == ("call", "_remove"):
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bus_containers._replace(str(folder / "out"), pieces)
+    finally:
+        sys.setprofile(None)
+    assert tree(folder) == {"out": OLD}
+
+
 def test_an_output_that_becomes_a_fifo_without_a_reader(
     program: Program, serve: Serve, folder: Path
 ) -> None:
