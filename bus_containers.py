@@ -712,12 +712,10 @@ def _parse_address(host: str) -> Any:
 
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 _UNIT_NANOSECONDS = {
-    "ns": 1, "us": 10**3,
-    "ms": 10**6,
+    "ns": 1, "us": 10**3, "ms": 10**6,
     "\u00b5s": 10**3,  # with the micro sign
     "\u03bcs": 10**3,  # with the Greek letter mu
-    "s": 10**9, "m": 60 * 10**9,
-    "h": 3600 * 10**9,
+    "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
 }
 
 
@@ -1177,8 +1175,13 @@ class _Attempt(io.RawIOBase):
                 except OSError:
                     pass  # the failure says more
                 raise failure
-            while left:
-                left = left[self._wait_for(self.sock.send, left) :]
+            try:
+                while left:
+                    left = left[self._wait_for(self.sock.send, left) :]
+            except ConnectionError as error:
+                _let_through(error)
+                if operation != self.tls.read:  # else an answer may be there all the same
+                    raise
             if failure is None:
                 return result
             data = self._wait_for(self.sock.recv, _TLS_BYTES)
@@ -1983,7 +1986,6 @@ def _opencli_command(command: str, row: _Command) -> Document:
 # ---- Scanner and parser: argv to a command, its options and its words ---------------------------
 
 def _scan(argv: Sequence[str]) -> tuple[str | None, _Options, list[str]]:
-    """Sort a command line into the command, its options by their long names, and other words."""
     # argparse does not see argv, only the options that are spelled out here: it has its own way
     # with `--` and with values that start with a dash, and another one in each version.
     command = None
@@ -2868,9 +2870,7 @@ def _execute(args: argparse.Namespace, report: _Reporter) -> int:
             _let_through(error)
             raise ConfigError(f"--chdir {args.chdir}: {_reason_of(error)}") from None
     result = None if args.quiet else _Result(args.output)
-    functions = {
-        "status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help,
-    }
+    functions = {"status": _status, "run": _run, "runs": _runs, "delete": _delete, "help": _help}
     try:
         try:
             document = functions[args.command](args, report)

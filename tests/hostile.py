@@ -632,6 +632,9 @@ class AlertingTls:
         """Send a fatal alert."""
         self._seal(21, bytes([2, number]))
 
+    def ask_for_another_handshake(self) -> None:
+        self._seal(22, bytes(4))  # HelloRequest
+
     def _seal(self, kind: int, data: bytes) -> None:
         pad = 15 - len(data) % 16
         command = f"openssl enc -aes-128-cbc -nopad -K {self._key} -iv {bytes(16).hex()}"

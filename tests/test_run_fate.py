@@ -11,6 +11,7 @@ import errno
 import json
 import re
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from support import (
     CANARY,
     DOCUMENTS,
     LIMIT,
+    Env,
     InProcess,
     Program,
     as_json,
@@ -345,6 +347,27 @@ def test_an_alert_after_the_request_was_read(
     else:
         assert (result.code, result.err, result.document) == (0, b"", DOCUMENTS["run"])
     assert server.methods() == ["POST"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_CORK, for all of it in one packet")
+def test_an_answer_behind_a_question_of_tls(
+    cli: InProcess, serve: Serve, certificates: Certificates
+) -> None:
+    """The server has left, so ours cannot be sent, but its own answer is whole."""
+
+    def script(connection: Connection) -> None:
+        tls = AlertingTls(connection, certificates)
+        tls.read_request()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        tls.ask_for_another_handshake()
+        tls.send(message(BODIES["run"]))
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        connection.sock.close()
+
+    env: Env = {"SSL_CERT_FILE": str(certificates.ca)}
+    result = cli(*words("run"), at=serve(script, scheme="https"), env=env)
+    assert (result.code, result.err, result.document) == (0, b"", DOCUMENTS["run"])
 
 
 # --- a poor machine ---------------------------------------------------------------------------
