@@ -231,10 +231,6 @@ class _ReaderLeftError(_OutputError):
     """The reader of standard output went away, as `| head` does. That needs no message."""
 
 
-class _InternalError(BusContainersError):
-    kind = "internal"
-
-
 class _Interrupted(KeyboardInterrupt):
     """A signal ended a call. It carries the shell's exit code."""
     def __init__(self, exit_code: int) -> None:
@@ -242,10 +238,12 @@ class _Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
-def _internal_error(fault: BaseException) -> _InternalError:
+def _internal_error(fault: BaseException) -> BusContainersError:
     text = f"internal error: {type(fault).__name__}: {_visible(str(fault))}"
     advice = "this is a bug of the program or of its Python; please report this line"
-    return _InternalError(text, advice)
+    error = BusContainersError(text, advice)
+    error.kind = "internal"
+    return error
 
 
 def _reason_of(error: BaseException) -> str:
@@ -1039,32 +1037,40 @@ class _Attempt(io.RawIOBase):
 
     # A look-up cannot be interrupted, so it gets a thread that may be left behind. Where there can
     # be none (at the interpreter's end, in a subinterpreter, under a limit), no deadline ends it.
-    def _look_up(self, host: str, port: int) -> list[Any]:
+    def _look_up(self, host: str, port: int) -> Any:
+        import _thread
         import socket
         import threading
+        import weakref
         self.exchange.next_wait_seconds()  # for a signal that came amid a message
-        found: list[Any] = []
-        failures: list[Exception] = []
+        outcomes: Any = []
+        ended = threading.Event()
         def look_up() -> None:
             try:
                 # As a str the name would cost the import of the tables of IDNA.
-                found.extend(socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
+                outcomes.append(socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
             except Exception as error:  # noqa: BLE001 - the caller's thread raises it
-                failures.append(error)
+                outcomes.append(error)
+            ended.set()
         try:
             if sys.is_finalizing():
-                raise RuntimeError  # as Thread.start does since Python 3.12; before, it hangs
+                raise RuntimeError  # as a thread's start does since Python 3.12
             thread = threading.Thread(target=look_up, daemon=True)
-            thread.start()
+            # Not its `start`, which waits without end for one that lacks the memory to begin.
+            run = thread.run
+            get_run = weakref.ref(run)
+            _thread.start_new_thread(run, ())
+            del run  # from now on only the thread keeps it, to its end
+            while get_run() and not ended.wait(self.exchange.next_wait_seconds()):
+                pass
         except RuntimeError as error:
             _let_through(error)
+        if not outcomes:  # there is no thread, or it could not begin
             look_up()
-        else:
-            while thread.is_alive():
-                thread.join(self.exchange.next_wait_seconds())
-        if failures:
-            raise failures[0]
-        return found
+        outcome = outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _connect_to_first(self, addresses: list[Any]) -> Any:
         import selectors
@@ -1581,8 +1587,7 @@ def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
     is_refusal = getattr(failure, "reason", "") == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     if not is_refusal or attempt.tls_version != "TLSv1.3" or attempt.received_bytes:
         return False
-    session = attempt.tls.session
-    return session is None or not session.has_ticket
+    return not getattr(attempt.tls.session, "has_ticket", False)
 
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:
@@ -1646,12 +1651,10 @@ def _items(command: str, document: Any) -> list[Document]:
 
 def _cell(item: Document, column: str) -> str:
     """Return the value of a column as text: an object as compact JSON, what is absent as empty."""
-    value = item.get(column)
-    if column in _ALIASES:
-        for name in _ALIASES[column]:
-            value = item.get(name)
-            if value is not None:
-                break
+    for name in _ALIASES.get(column, (column,)):
+        value = item.get(name)
+        if value is not None:
+            break
     if isinstance(value, str):
         return value
     if type(value) is int:  # json.dumps would take thirty times as long
@@ -1702,11 +1705,8 @@ def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[s
             cells = [cell[:_MAX_CELL] for cell in cells]
         if any(cells) or column not in ("started_at", "command"):  # which providers may lack
             table.append([column.upper().replace("_", " "), *cells])
-    forms = []
-    for cells in table:
-        width = max(map(len, cells))
-        forms.append(f"{{:{min(width, _MAX_CELL)}}}")
-    line = "  ".join(forms)
+    widths = [min(max(map(len, cells)), _MAX_CELL) for cells in table]
+    line = "  ".join(f"{{:{width}}}" for width in widths)
     for row in zip(*table):
         yield f"{line.format(*row).rstrip()}\n"
 
@@ -2605,7 +2605,7 @@ def _target(path: str) -> tuple[str, os.stat_result | None]:
         try:
             status = os.lstat(path)
             above = os.path.dirname(path)
-            folder = os.stat(above or os.curdir)
+            folder = os.stat(above or ".")
             is_public = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
             if is_public and status.st_uid != os.geteuid():
                 break  # in a folder such as /tmp another user's link may be a trap

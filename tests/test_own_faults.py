@@ -334,6 +334,37 @@ bus_containers.console()
 """
 
 
+LITTLE_MEMORY = """
+import os, resource, signal, threading
+from bus_containers import BusContainersError, Client
+client = Client.from_env()
+stack = 64 << 20
+threading.stack_size(stack)
+with open("/proc/self/status") as file:
+    [used] = [int(line.split()[1]) << 10 for line in file if line.startswith("VmData:")]
+for free in range(stack, stack + 100_000, 4096):
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_DATA, (used + free, used + free))
+        signal.alarm(20)  # which ends the child
+        try:
+            client.status()
+        except BusContainersError:
+            pass
+        os._exit(0)
+    assert os.waitpid(child, 0) == (child, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of memory as on Linux")
+def test_memory_for_the_stack_of_a_thread_and_little_more(program: Program, api: Api) -> None:
+    """Promise 6.5: no wait for a thread that cannot begin, and no look-up is lost by it."""
+    host = Program([sys.executable, "-c", LITTLE_MEMORY], program.home)
+    place = os.path.dirname(str(bus_containers.__file__))
+    assert host(at=api, env={"PYTHONPATH": place}).code == 0
+    assert api.requests
+
+
 @pytest.mark.parametrize("uses_up_memory", [False, sys.platform == "linux"])
 @pytest.mark.parametrize(("command", "code"), [(("status",), 1), (RUN, 125)])
 def test_a_fault_while_a_fault_is_told(

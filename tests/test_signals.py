@@ -465,8 +465,8 @@ AMID: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "progress": ("_wait_for", "send", RUN),
     "explanation": ("_converse", "_parse_json", ("-v", *RUN)),
     "warning": ("_parse_body", "_parse_json", RUN),
-    "error": ("_delete", "start", ("delete", "a", "b")),  # of a look-up's thread
-    "limit": ("_run", "start", ("--timeout", "5s", "--timeout-seconds", "9", *RUN)),
+    "error": ("_delete", "start_new_thread", ("delete", "a", "b")),  # of a look-up's thread
+    "limit": ("_run", "start_new_thread", ("--timeout=5s", "--timeout-seconds=9", *RUN)),
     "end": ("run_ended", "_write_stream", ("-f", "text", *RUN)),
 }
 
