@@ -404,7 +404,7 @@ class Client:
 def _load_modules(api_url: str) -> dict[str, Any]:
     # What is missing, in the way of a module or out of descriptors shows before anything is sent.
     try:
-        names = ["ipaddress", "json", "re", "selectors", "threading", "urllib.request"]
+        names = ["ipaddress", "json.decoder", "re", "selectors", "threading", "urllib.request"]
         if api_url.lower().startswith("https:"):
             names += ["encodings.idna", "ssl"]  # the former for the name in a certificate
         for name in names:
@@ -881,8 +881,7 @@ class _Exchange:
             start = time.monotonic()
             pause_seconds = _RETRY_PAUSE_SECONDS * 2**retries
             try:
-                answer = _Attempt(self).perform()  # what is known of a try is that try's own
-                document: Document = _usable_document(self, answer, shape)
+                document: Document = _Attempt(self).perform(shape)  # each with a state of its own
                 if self.method == "POST":
                     self.observer.receive_run(document, self.secrets)
                     if document.get("exit_code") is not None:  # else it may still be going on
@@ -940,15 +939,15 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
         if not 8 <= len(secret) <= len(text):
             continue
         text = text.replace(secret, "[redacted]")
-        pattern = "".join(map(_any_form, secret))
-        if "(" in pattern:  # a character of it has more than one form
+        if any(mark in text for mark in "\\%&"):  # with one of which all other forms begin
             import re
+            pattern = "".join(map(_any_form, secret))
             text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
     return text
 
 
 def _any_form(character: str) -> str:
-    if character.isascii() and (character.isalnum() or character in "-._"):  # never escaped
+    if character.isascii() and character.isalnum():  # never escaped
         return f"[{character}]"
     code = ord(character)
     return rf"(\\{{0,3}}\{character}|%{code:02x}|\\{{1,3}}u{code:04x}|&#?\w+;)"  # JSON in JSON, too
@@ -994,14 +993,15 @@ class _Attempt(io.RawIOBase):
         self.run_state = self.exchange.run_state = run_state
         self.exchange.observer.enter_state(run_state)
 
-    def perform(self) -> _Answer:
-        """Connect, send the request and return the answer. Raises BusContainersError."""
+    def perform(self, shape: Any) -> Any:
+        """Connect, send the request; return the answer's document. Raises BusContainersError."""
         import http.client
         import urllib.error
         try:
             try:
                 self._connect()
-                return self._converse()
+                answer = self._converse()
+                return _usable_document(self.exchange, answer, shape)
             except (BusContainersError, KeyboardInterrupt) as error:
                 raise error.with_traceback(None) from None  # http.client's frames hold the token
             except urllib.error.URLError as error:  # which wraps what fails while it sends
@@ -2032,7 +2032,7 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
     for name, value in options:
         if name not in rows:
             raise _UsageError(_unknown_option(name))
-        _, _, _, value_name, _, _ = rows[name]
+        value_name = rows[name][3]
         # argparse drops a value of `--` before Python 3.12.2, so it counts as none.
         if value in (None, "--") and value_name:
             raise _UsageError(f"{name} needs a value: {name} {value_name}")
@@ -2400,7 +2400,7 @@ class _Reporter(_Observer):
             error.advice = f"{error.advice}; {hint}" if error.advice else hint
         self.speak_of_options(error, command)
         run_state, outcome = self.fate
-        if self.deleted and error.kind in ("interrupted", "output"):
+        if self.deleted and error.kind in ("interrupted", "output", "internal"):
             ids = [document["run_id"] for document in self.deleted]
             outcome = f"deleted: {' '.join(ids)}"
         if outcome:

@@ -189,7 +189,7 @@ def test_a_message_is_told_around_what_is_redacted(token: str, cli: InProcess, a
     assert (told == token) == (token in found["text"])
 
 
-MARKED = "0paque/t0ken+with&marks=of<all>k1nds~"
+MARKED = "0paque/t0ken+with&marks=of<all>k1nds~-._"
 FORMS = {
     "URL": urllib.parse.quote(MARKED, safe=""),
     "URL in lower case": urllib.parse.quote(MARKED, safe="").lower(),
@@ -198,7 +198,8 @@ FORMS = {
     "Go's JSON": re.sub("[&<>]", lambda mark: f"\\u{ord(mark[0]):04x}", MARKED),
     "HTML": html.escape(MARKED),
     "form": urllib.parse.quote(MARKED, safe="").replace("~", "%7E"),
-    "HTML by numbers": re.sub(r"\W", lambda mark: f"&#{ord(mark[0])};", MARKED),
+    "HTML by numbers": re.sub(r"[\W_]", lambda mark: f"&#{ord(mark[0])};", MARKED),
+    "JSON by numbers": re.sub(r"[\W_]", lambda mark: f"\\u{ord(mark[0]):04X}", MARKED),
 }
 
 

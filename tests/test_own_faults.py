@@ -13,13 +13,14 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import bus_containers
-from hostile import Api, namespace_command, why_no_namespace, with_files
+from hostile import Api, Hostile, answer, namespace_command, why_no_namespace, with_files
 from support import (
     CANARY,
     DOCUMENTS,
@@ -36,6 +37,7 @@ from support import (
     tiers,
 )
 
+Serve = Callable[..., Hostile]
 RUN = ("run", "--", "true")
 PRINTED = as_json(DOCUMENTS["run"])
 REPORT = "; this is a bug of the program or of its Python; please report this line"
@@ -57,7 +59,7 @@ def check_fault(result: Result, code: int, *says: str) -> dict[str, Any]:
 
 def shadow(folder: Path, name: str, script: str = "") -> Env:
     """A script of the user's own with the name of a module, in a folder on PYTHONPATH."""
-    (folder / name).mkdir()
+    (folder / name).mkdir(parents=True)
     (folder / name / f"{name}.py").write_text(script)
     return {"PYTHONPATH": str(folder / name)}
 
@@ -75,7 +77,10 @@ def test_a_file_in_the_way_of_a_module(program: Program, api: Api, tmp_path: Pat
     env = shadow(tmp_path, "json")
     check_fault(program(*RUN, at=api, env=env), 125, "json", "Error: ")
     check_fault(program("status", at=api, env=env), 1, "json", "Error: ")
-    assert "POST" not in api.methods()
+    check_fault(program("delete", "a", "b", at=api, env=env), 1, "json", "Error: ")
+    env = shadow(tmp_path / "run", "json", "def __getattr__(name): raise ValueError(name)")
+    check_fault(program("delete", "a", "b", at=api, env=env), 1, "ValueError: ")
+    assert api.requests == []
 
 
 FAILING = ["raise SystemExit(0)", "import json; json.surprise", "1 / 0"]
@@ -284,6 +289,22 @@ def test_a_fault_while_an_answer_is_read(
     assert "value behind" not in "".join(places)
     with pytest.raises(AttributeError):
         bus_containers.Client(api.url, CANARY).run(["true"])
+
+
+def test_a_fault_amid_deletions(
+    cli: InProcess, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 6.14: what was deleted before it is told."""
+
+    def begin(response: http.client.HTTPResponse) -> None:
+        original(response)
+        if response.status == 404:
+            raise AttributeError("surprise")
+
+    original = http.client.HTTPResponse.begin
+    monkeypatch.setattr(http.client.HTTPResponse, "begin", begin)
+    server = serve(answer(b'{"deleted":true,"run_id":"a"}'), answer(b"{}", "404 Not Found"))
+    check_fault(cli("delete", "a", "b", at=server), 1, "surprise; deleted: a; ")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import socket
 import struct
@@ -399,3 +400,31 @@ def test_little_memory(memory: int, program: Program, serve: Serve) -> None:
     else:
         line = check_failure(result, 125, "" if memory == 60_000 else "memory")
         assert (ADVICE in line) == ("memory to write" not in line)
+
+
+LITTLE_MEMORY = """
+import json, resource, bus_containers
+def load(text, **options):
+    document = loads(text, **options)
+    if len(text) > 1_000_000:
+        with open("/proc/self/status") as file:
+            [used] = [int(line.split()[1]) << 10 for line in file if line.startswith("VmData:")]
+        most = used + (8 << 20)  # enough to check how deep it is, but not for another one
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    return document
+loads, json.loads = json.loads, load
+bus_containers.console()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_little_memory_for_a_failure_among_deletions(program: Program, serve: Serve) -> None:
+    """The document of an error is parsed, and then there is no room for one without secrets."""
+    place = os.path.dirname(str(bus_containers.__file__))
+    error = b'{"error":{"type":"x"},"d":[%s]}' % b",".join([b"[]"] * 340_000)
+    done = [answer(b'{"deleted":true,"run_id":"%c"}' % letter) for letter in b"ac"]
+    server = serve(done[0], answer(error, "500 No"), done[1])
+    host = Program([sys.executable, "-c", LITTLE_MEMORY], program.home)
+    result = host("-f", "tsv", "delete", "a", "b", "c", at=server, env={"PYTHONPATH": place})
+    assert (result.code, result.out) == (1, b"run_id\tdeleted\na\ttrue\nc\ttrue\n")
+    assert "runs/b: there is not enough memory for it and its answer" in result.error
