@@ -2606,9 +2606,9 @@ def _target(path: str) -> tuple[str, os.stat_result | None]:
             status = os.lstat(path)
             above = os.path.dirname(path)
             folder = os.stat(above or ".")
-            is_public = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
-            if is_public and status.st_uid != os.geteuid():
-                break  # in a folder such as /tmp another user's link may be a trap
+            is_public = folder.st_mode & 0o1002 == 0o1002  # sticky and writable to all, as /tmp
+            if is_public and status.st_uid not in (os.geteuid(), folder.st_uid):
+                break  # another user's link there may be a trap: as with protected_symlinks
             # A descriptor's link in /proc, which others may not read, may name another file.
             if not stat.S_ISLNK(status.st_mode) or not status.st_mode & stat.S_IROTH:
                 break

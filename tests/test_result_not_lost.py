@@ -547,9 +547,12 @@ def test_a_link_of_another_user_in_a_folder_such_as_tmp(
     assert cli("-o", "out", *RUN, at=server)[:2] == (125, b"")
     assert server.methods() == []
     assert tree(folder) == {"out": "trap"}
-    folder.chmod(0o1755)
-    assert cli("-o", "out", *RUN, at=serve(answer(BODIES["run"]))).code == 0
-    assert tree(folder) == {"out": "trap", "trap": PRINTED}
+    for owner, mode in ((1, 0o1777), (0, 0o1755)):  # that user's own folder, or ours alone
+        os.chown(folder, owner, owner)
+        folder.chmod(mode)
+        assert cli("-o", "out", *RUN, at=serve(answer(BODIES["run"]))).code == 0
+        assert tree(folder) == {"out": "trap", "trap": PRINTED}
+        (folder / "trap").unlink()
 
 
 def test_a_chain_of_links(cli: InProcess, api: Api, folder: Path) -> None:
