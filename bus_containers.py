@@ -404,7 +404,7 @@ class Client:
 def _load_modules(api_url: str) -> dict[str, Any]:
     # What is missing, in the way of a module or out of descriptors shows before anything is sent.
     try:
-        names = ["ipaddress", "json.decoder", "re", "selectors", "threading", "urllib.request"]
+        names = ["ipaddress", "json.decoder", "re", "selectors", "urllib.request"]
         if api_url.lower().startswith("https:"):
             names += ["encodings.idna", "ssl"]  # the former for the name in a certificate
         for name in names:
@@ -1039,32 +1039,32 @@ class _Attempt(io.RawIOBase):
     # be none (at the interpreter's end, in a subinterpreter, under a limit), no deadline ends it.
     def _look_up(self, host: str, port: int) -> Any:
         import _thread
+        import functools
         import socket
-        import threading
         import weakref
         self.exchange.next_wait_seconds()  # for a signal that came amid a message
         outcomes: Any = []
-        ended = threading.Event()
+        going_on = _thread.allocate_lock()
+        going_on.acquire()
         def look_up() -> None:
             try:
                 # As a str the name would cost the import of the tables of IDNA.
                 outcomes.append(socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
             except Exception as error:  # noqa: BLE001 - the caller's thread raises it
                 outcomes.append(error)
-            ended.set()
-        try:
-            if sys.is_finalizing():
-                raise RuntimeError  # as a thread's start does since Python 3.12
-            thread = threading.Thread(target=look_up, daemon=True)
-            # Not its `start`, which waits without end for one that lacks the memory to begin.
-            run = thread.run
+            going_on.release()
+        # Not threading.Thread: that waits for ever where memory lacks, and may drop an interrupt.
+        may_start = getattr(_thread, "daemon_threads_allowed", lambda: True)  # it is new in 3.12
+        if may_start() and not sys.is_finalizing():
+            run = functools.partial(look_up)
             get_run = weakref.ref(run)
-            _thread.start_new_thread(run, ())
+            try:
+                _thread.start_new_thread(run, ())
+            except RuntimeError as error:
+                _let_through(error)
             del run  # from now on only the thread keeps it, to its end
-            while get_run() and not ended.wait(self.exchange.next_wait_seconds()):
+            while get_run() and not going_on.acquire(timeout=self.exchange.next_wait_seconds()):
                 pass
-        except RuntimeError as error:
-            _let_through(error)
         if not outcomes:  # there is no thread, or it could not begin
             look_up()
         outcome = outcomes[0]
@@ -1075,7 +1075,7 @@ class _Attempt(io.RawIOBase):
     def _connect_to_first(self, addresses: list[Any]) -> Any:
         import selectors
         import socket
-        connecting: list[Any] = []
+        connecting: Any = []
         end = time.monotonic() + _CONNECT_SECONDS
         next_start = 0.0
         failure = OSError("the name has no address")  # unless one of them fails
@@ -1335,8 +1335,8 @@ class _Attempt(io.RawIOBase):
             raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
         return count
 
-    def close(self) -> None:
-        """Keep the socket: http.client closes it before it has read the body."""
+    # In C, as Python drops what a signal's handler raises at the end of an object, as a reader's.
+    close = io.RawIOBase.flush  # for http.client, which closes it before it has read the body
 
 
 class _AnswerReader(io.BufferedReader):
@@ -1436,7 +1436,7 @@ def _parse_json(text: str) -> Any:
     document = json.loads(text, **options)
     # Level by level, as Python limits recursion. A set is three times as fast as isinstance.
     containers = {dict, list}
-    level: list[Any] = [[document]]
+    level: Any = [[document]]
     for _ in range(_MAX_JSON_DEPTH + 1):
         groups = (node.values() if isinstance(node, dict) else node for node in level)
         children = itertools.chain.from_iterable(groups)

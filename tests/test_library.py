@@ -19,7 +19,7 @@ import typing
 import urllib.error
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -430,6 +430,50 @@ def test_a_host_s_handler_at_any_step(
     with handler(error):
         alarm_at_the_end_of(name)
         Client(server.url, CANARY).run(["true"], timeout=LIMIT)
+
+
+# A response of http.client's that is not made whole fails at its end.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@second_tier
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_interrupt_at_every_line_that_a_run_executes(
+    scheme: str, serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 4.9: also in the code of Python's own that it calls. None is dropped on the way."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    tls = certificates.context(certificates.good) if scheme == "https" else None
+    server = serve(answer(BODIES["run"]), tls=tls)
+    client = Client(server.url.replace("127.0.0.1", "localhost"), CANARY)
+    places: dict[tuple[str, int, str], None] = {}
+    hits: list[object] = []
+
+    def run(wanted: object) -> None:
+        def trace(frame: Any, event: str, _argument: object) -> Any:
+            place = (frame.f_code.co_filename, frame.f_lineno, event)
+            if place == wanted:
+                sys.settrace(None)
+                hits.append(place)
+                signal.raise_signal(signal.SIGINT)
+            elif wanted is None and event != "exception":  # what is raised at one is dropped
+                places[place] = None
+            return trace
+
+        sys.settrace(trace)
+        try:
+            client.run(["true"], timeout=LIMIT)
+        finally:
+            sys.settrace(None)
+
+    run(None)
+    dropped = []
+    for place in places:
+        with suppress(KeyboardInterrupt):
+            count = len(hits)
+            run(place)
+            if len(hits) > count:
+                dropped.append(place)
+    assert dropped == []
+    assert len(hits) > 1000
 
 
 class Odd:
