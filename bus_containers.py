@@ -1335,7 +1335,7 @@ class _Attempt(io.RawIOBase):
             raise self.exchange.error(ProtocolError, "the answer is larger than 1 GiB")
         return count
 
-    # In C, as Python drops what a signal's handler raises at the end of an object, as a reader's.
+    # In C: at an object's end, such as a reader's, Python drops what a signal's handler raises.
     close = io.RawIOBase.flush  # for http.client, which closes it before it has read the body
 
 
@@ -2830,10 +2830,10 @@ def _main(argv: Sequence[str] | None, process: _Process, *, is_own: bool) -> int
         process.failure_code = _COMMANDS[command].failure_code
     try:
         try:
-            if is_own:  # not a host program's
-                process.prepare()
             if {("--help", None), ("--version", None)}.intersection(options):
                 return _print_about(command, options)
+            if is_own:  # not a host program's
+                process.prepare()
             for number, word in enumerate(argv, 1):
                 if word != word.encode(errors="replace").decode():
                     raise _UsageError(f"argument {number} is not valid UTF-8")
