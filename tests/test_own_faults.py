@@ -379,7 +379,7 @@ for free in range(stack, stack + 100_000, 4096):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of memory as on Linux")
 def test_memory_for_the_stack_of_a_thread_and_little_more(program: Program, api: Api) -> None:
-    """Promise 6.5: no wait for a thread that cannot begin, and no look-up is lost by it."""
+    """Promise 6.5: there is no wait without end for a thread that cannot begin."""
     host = Program([sys.executable, "-c", LITTLE_MEMORY], program.home)
     place = os.path.dirname(str(bus_containers.__file__))
     assert host(at=api, env={"PYTHONPATH": place}).code == 0

@@ -547,6 +547,12 @@ def test_a_link_of_another_user_in_a_folder_such_as_tmp(
     assert cli("-o", "out", *RUN, at=server)[:2] == (125, b"")
     assert server.methods() == []
     assert tree(folder) == {"out": "trap"}
+    (folder / "trap").write_bytes(OLD)
+    inode = (folder / "trap").stat().st_ino
+    assert cli("-o", "out", *RUN, at=serve(answer(BODIES["run"]))).code == 0
+    assert tree(folder) == {"out": "trap", "trap": PRINTED}
+    assert (folder / "trap").stat().st_ino == inode
+    (folder / "trap").unlink()
     for owner, mode in ((1, 0o1777), (0, 0o1755)):  # that user's own folder, or ours alone
         os.chown(folder, owner, owner)
         folder.chmod(mode)
