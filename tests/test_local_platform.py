@@ -432,7 +432,7 @@ def test_run_goes_on_without_its_client(
 
 
 # Its containers are processes of a session of their own, as an engine's are no children of its
-# client; only `kill` with the container's name ends them.
+# client; only `kill` with the container's name ends them. It is known before its program begins.
 ENGINE = """#!/bin/sh
 cd '{folder}'
 echo "$@" >> log
@@ -441,9 +441,8 @@ run)
     name=$3
     shift 5
     exec {python} -c 'import subprocess, sys
-child = subprocess.Popen(sys.argv[2:], start_new_session=True)
-print(child.pid, file=open(sys.argv[1], "w"))
-sys.exit(child.wait())' "$name" "$@" ;;
+words = ["sh", "-c", "echo $$ > $0; exec \\"$@\\"", *sys.argv[1:]]
+sys.exit(subprocess.call(words, start_new_session=True))' "$name" "$@" ;;
 kill) kill -9 "$(cat "$2")" ;;
 esac
 """
