@@ -92,7 +92,6 @@ _TOO_MANY_DIGITS = f"it has a number of more than {_MAX_JSON_DIGITS:,} digits"
 _MAX_QUOTED = 4000  # characters of one text of a server in a message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _NOT_OF_EMAIL = "\x7f"  # in a header, so that email's parser does not know what it says
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _LAST_WORDS = f"{_PROGRAM}: out of memory, or worse; if this was `run`, {_RUN_ADVICE}\n".encode()
 _TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no deadline meanwhile
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
@@ -456,7 +455,7 @@ def _run_timeout(timeout_seconds: int | None) -> float:
 def _path_segment(run_id: str) -> str:
     """Return a run's id as one segment of a path, so that it can name no other endpoint."""
     import urllib.parse
-    is_text = isinstance(run_id, str) and _visible(run_id) == run_id
+    is_text = isinstance(run_id, str) and run_id.isprintable()
     if not is_text or run_id in ("", ".", ".."):
         raise ConfigError(f"{run_id!r} is not a run's id", f"`{_PROGRAM} runs` lists them")
     return urllib.parse.quote(run_id, safe="")
@@ -481,7 +480,7 @@ _PRIVATE = (
 )
 # Nothing but ASCII (a name in another script is written as xn--), and no user, ? or # in it.
 _LABEL = "[0-9A-Za-z_-]{1,63}"
-_ORIGIN = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])"
+_ORIGIN = rf"(?i:https?)://({_LABEL}(\.{_LABEL})*\.?|\[(?P<ipv6>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\])"
 _BASE_URL = rf"{_ORIGIN}(:(?P<port>[0-9]{{1,9}}))?(/[!-\"$->@-~]*)?"
 
 
@@ -521,7 +520,7 @@ def _is_base_url(url: str) -> bool:
     if match is None or not 0 < int(match["port"] or 80) < 65536:
         return False
     address = match["ipv6"]
-    return not address or (":" in address and _parse_address(address) is not None)
+    return not address or _parse_address(address) is not None
 
 
 def _redacted_url(url: str) -> str:
@@ -2115,7 +2114,7 @@ def _check_combination(args: argparse.Namespace) -> None:
         raise _UsageError(f"{args.command} does not take the argument {args.words[-1]!r}")
     if args.command == "run":
         _as_usage_error(_run_request, args.words, args.profile, args.image, args.timeout_seconds)
-    if any(name == "run_id" for name, *_ in arguments):
+    if args.command == "delete":
         for run_id in args.words:
             _as_usage_error(_path_segment, run_id)
 
@@ -2526,7 +2525,7 @@ class _Result:
         self._held: int | None = None
         try:
             if not self._path:
-                if sys.stdout is None or getattr(sys.stdout, "closed", False):
+                if getattr(sys.stdout, "closed", sys.stdout is None):
                     raise OSError("it is closed")
                 descriptor = _descriptor(sys.stdout)
                 if descriptor is not None:
@@ -2542,12 +2541,11 @@ class _Result:
             self._held = os.open(path, os.O_WRONLY)
         except FileNotFoundError as error:
             _let_through(error)
-            target, status = _target(path)
+            _, temporary, status = _target(path)
             if status and stat.S_ISLNK(status.st_mode):  # one that is not followed
                 raise
-            temporary = _name_beside(target)
             try:
-                os.close(os.open(temporary, _NEW_FILE, 0o666))
+                open(temporary, "xb").close()
             finally:
                 _remove(temporary)
             return
@@ -2597,8 +2595,8 @@ class _Result:
         raise failure
 
 
-def _target(path: str) -> tuple[str, os.stat_result | None]:
-    """Follow a path's links; return the last name, and the status of what that is, or None."""
+def _target(path: str) -> tuple[str, str, os.stat_result | None]:
+    """Follow a path's links; return the last name, a new one beside it, and its status if any."""
     # Not realpath, which reads each folder above, and takes `name/` for `name`.
     status = None
     for _ in range(41):  # Linux follows 40
@@ -2615,12 +2613,10 @@ def _target(path: str) -> tuple[str, os.stat_result | None]:
             path = os.path.join(above, os.readlink(path))
         except FileNotFoundError as error:
             _let_through(error)
-            return path, None
-    return path, status
-
-
-def _name_beside(path: str) -> str:
-    return os.path.join(os.path.dirname(path), f".{_PROGRAM}.{os.urandom(8).hex()}.tmp")
+            status = None
+            break
+    name = f".{_PROGRAM}.{os.urandom(8).hex()}.tmp"
+    return path, os.path.join(os.path.dirname(path), name), status
 
 
 def _remove(path: str) -> None:
@@ -2648,40 +2644,44 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
     import errno
     # Where there is no room for a new file, there may be none to overwrite the old one.
-    fatal = [errno.ENOSPC, errno.EDQUOT]
+    fatal: Any = [errno.ENOSPC, errno.EDQUOT]
     mode = 0o600  # nobody else may open it before it has that of the old file
-    target, old = _target(path)
+    target, temporary, old = _target(path)
     if not old:
         mode = 0o666  # less what the umask takes
-        fatal += errno.errorcode  # every one, as there is no old one
+        fatal = errno.errorcode  # every one, as there is no old one
     elif _is_shared(old):
         return False
-    temporary = _name_beside(target)
     try:
-        try:
-            descriptor = os.open(temporary, _NEW_FILE, mode)
-        except OSError as error:
-            _let_through(error)
-            if error.errno in fatal:
-                raise
-            return False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(temporary, flags, mode)
         with open(descriptor, "wb", buffering=0):  # which closes it
             # A rename would give the file to us, or to another group.
             new = os.fstat(descriptor)
-            if old and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            old = old or new
+            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
                 return False
-            if old and old.st_mode != new.st_mode:  # some file systems refuse any change
+            if old.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(old.st_mode))
+            fatal, fatal_before = errno.errorcode, fatal
             _write_all(descriptor, make_pieces())
-        fatal.append(errno.ENOENT)  # somebody has removed it, or renamed the folder
-        try:
-            os.replace(temporary, target)
-        except OSError as error:  # a mounted file, or another's in a folder such as /tmp
-            _let_through(error)
-            if error.errno in fatal:
-                raise
-            return False
+        fatal = [*fatal_before, errno.ENOENT]  # somebody has removed it, or renamed the folder
+        os.replace(temporary, target)
         return True
+    except OSError as error:  # of a rename to a mounted file, or another's in a folder as /tmp
+        _let_through(error)
+        if error.errno not in fatal:
+            return False
+        folder = os.stat(os.path.dirname(target) or ".")
+        if old and old.st_dev != folder.st_dev:  # a mounted file, or one of a layer of an overlay
+            _remove(temporary)
+            try:
+                os.link(target, temporary)
+            except OSError as failure:
+                _let_through(failure)
+                if failure.errno == errno.EXDEV:  # it is mounted, and its own disk may have room
+                    return False
+        raise
     finally:
         try:
             _remove(temporary)
@@ -2803,7 +2803,7 @@ def _delete(args: argparse.Namespace, report: _Reporter) -> Any:
 
 
 def _help(args: argparse.Namespace, _report: _Reporter) -> Any:
-    topic = args.words[0] if args.words else ""
+    topic = "".join(args.words)  # there is one at most
     if topic and args.format:
         raise _UsageError(f"there is one document of all commands: leave out {topic!r}")
     if topic and topic not in _COMMANDS:

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import stat
@@ -36,7 +37,6 @@ from hostile import (
     silent,
     void,
     why_no_namespace,
-    with_files,
 )
 from support import (
     BODIES,
@@ -481,14 +481,29 @@ def test_a_file_that_takes_the_messages_too(
     assert (folder / "out").read_text() == "its result\n" * 9 + last
 
 
-def test_a_file_that_is_mounted(program: Program, api: Api, folder: Path, tmp_path: Path) -> None:
-    """As files are in containers: nothing can be renamed onto it."""
+# What its folder is before: another disk, which is too small for the result, or has no inode left.
+MOUNTED = {
+    "": "true",
+    "disk full": 'mount -t tmpfs -o size=64k none "$PWD" && cd "$PWD"',
+    "no inode": 'mount -t tmpfs -o size=9M,nr_inodes=2 none "$PWD" && cd "$PWD"',
+}
+
+
+@pytest.mark.parametrize("case", MOUNTED)
+def test_a_file_that_is_mounted(
+    case: str, program: Program, api: Api, folder: Path, tmp_path: Path
+) -> None:
+    """As files are in containers: nothing can be renamed onto it, and its own disk has room."""
     skip_if(why_no_namespace())
-    path, source = make_output("old", folder), tmp_path / "source"
+    source = tmp_path / "source"
     source.write_bytes(OLD)
-    mounted = Program(with_files(program.command, {str(path): source}), program.home, folder)
-    assert mounted("-o", "out", *RUN, at=api)[:3] == (0, b"", b"")
-    assert (source.read_bytes(), tree(folder)) == (PRINTED, {"out": OLD})
+    mount = f'touch out && mount --bind {shlex.quote(str(source))} out && "$@"; code=$?'
+    script = f"{MOUNTED[case]} && {mount}; ls -A >&2; exit $code"
+    document = big(300_000)
+    mounted = wrapped(program, script, *namespace_command())
+    result = mounted("-o", "out", *RUN, at=api.answers(document))
+    assert result[:3] == (0, b"", b"out\n")
+    assert source.read_bytes() == as_json(document)
 
 
 def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
@@ -600,7 +615,7 @@ def test_a_link_in_a_folder_that_is_known_by_no_path(
 
 
 @pytest.mark.parametrize("state", ["old", "link"])
-@pytest.mark.parametrize("moment", ["_write_all", "_name_beside"])
+@pytest.mark.parametrize("moment", ["_write_all", "_is_shared"])
 def test_a_path_that_becomes_another_link_amid_the_writing(
     moment: str, state: str, cli: InProcess, api: Api, folder: Path
 ) -> None:
@@ -742,7 +757,7 @@ def test_a_file_system_that_fills_up(case: str, program: Program, api: Api, fold
 
 # What NFS says where a quota is exceeded: at the close of a FIFO or of a file with a result in it,
 # when that is to be stored, and at its rename. Or no file gets a new name, as where a folder may
-# only be added to.
+# only be added to. Or the mode of a file cannot be changed.
 QUOTA = r"""
 #include <errno.h>
 #include <string.h>
@@ -756,6 +771,9 @@ int close(int fd) {
     int is_result = is_known && S_ISREG(file.st_mode) && file.st_size == SIZE && CLOSE;
     int result = syscall(SYS_close, fd);
     return is_result || (is_known && S_ISFIFO(file.st_mode)) ? fail(EDQUOT) : result;
+}
+int fchmod(int fd, mode_t mode) {
+    return mode == 0611 ? fail(EPERM) : (int)syscall(SYS_fchmod, fd, mode);
 }
 int fsync(int fd) { return FSYNC ? fail(EDQUOT) : (int)syscall(SYS_fsync, fd); }
 int rename(const char *from, const char *to) {
@@ -791,6 +809,13 @@ def test_a_quota_that_is_exceeded(
         said = f"cannot write to standard output: {os.strerror(errno.EDQUOT)}; run run-1 ended"
         assert said in check_failure(result, 125)
         (folder / "all").unlink()
+    if fails_at == "close":
+        path = folder / "out"
+        path.chmod(0o611)
+        inode = path.stat().st_ino
+        assert program("-o", "out", *RUN, at=api.answers(RESULT), env=full)[:3] == (0, b"", b"")
+        assert (path.stat().st_ino, path.read_bytes()) == (inode, PRINTED)
+        path.write_bytes(OLD)
     if fails_at == "rename":
         result = program("-o", "new", *RUN, at=api, env=full)
         check_saved(result, document, "new", errno.EPERM)
