@@ -452,13 +452,16 @@ def _run_timeout(timeout_seconds: int | None) -> float:
     return _RUN_TIMEOUT_SECONDS
 
 
-def _path_segment(run_id: str) -> str:
-    """Return a run's id as one segment of a path, so that it can name no other endpoint."""
+def _path_of(*segments: str) -> str:
+    """Return a path of segments, of which a run's id is one, so that it names no other endpoint."""
     import urllib.parse
-    is_text = isinstance(run_id, str) and run_id.isprintable()
-    if not is_text or run_id in ("", ".", ".."):
-        raise ConfigError(f"{run_id!r} is not a run's id", f"`{_PROGRAM} runs` lists them")
-    return urllib.parse.quote(run_id, safe="")
+    path = _API_PATH
+    for segment in segments:
+        is_text = isinstance(segment, str) and segment.isprintable()
+        if not is_text or segment in ("", ".", ".."):
+            raise ConfigError(f"{segment!r} is not a run's id", f"`{_PROGRAM} runs` lists them")
+        path += f"/{urllib.parse.quote(segment, safe='')}"
+    return path
 
 
 # ---- Settings: from arguments, given variables and files, not from os.environ or the network ---
@@ -566,8 +569,12 @@ def _read_token(path: str, missing: str = "") -> tuple[str, str]:
     if path == "-":
         name, source = "standard input", 0
     try:
-        with open(source, "rb", closefd=path != "-") as file:  # standard input stays open
-            data = file.read(65537)
+        data = b""
+        with open(source, "rb", buffering=0, closefd=path != "-") as file:
+            while len(data) <= 65536 and (piece := file.read(65537)) != b"":
+                data += piece or b""
+                if piece is None:  # a standard input that is non-blocking
+                    time.sleep(_TICK_SECONDS)
     except FileNotFoundError as error:
         _let_through(error)
         text = f"no token: {missing or f'{name} does not exist'}"
@@ -659,11 +666,9 @@ def _is_listed(url: str, entries: str) -> bool:
     address = _parse_address(host)
     for entry in entries.lower().split(","):
         entry = entry.strip()
-        name, colon, port = entry.rpartition(":")
         # An IPv6 address without brackets has no port behind its last colon.
-        is_bare_ipv6 = ":" in name and not name.endswith("]")
-        if not colon or is_bare_ipv6 or not re.fullmatch("[0-9]{0,5}", port):
-            name, port = entry, ""
+        match = re.fullmatch(r"(\[.*\]|[^:]*):([0-9]{0,5})", entry)
+        name, port = match.groups() if match else (entry, "")
         if port and int(port) != url_port:
             continue
         if _is_match(name, host, address):
@@ -726,9 +731,7 @@ def parse_duration(text: str) -> float:
         raise ConfigError(f"{text!r} is not text")
     # A part of it might be a part of a token, which nobody would recognise.
     shown = repr(text if len(text) <= _MAX_QUOTED else "...")
-    digits = text
-    if text.startswith(("-", "+")):
-        digits = text[1:]
+    digits = re.sub("^[-+]", "", text)
     if digits == "0":
         return 0.0
     if not re.fullmatch(f"({_DURATION_PART})+", digits):
@@ -844,8 +847,7 @@ class _Exchange:
         self.token = client._token
         self.observer = client._observer
         self.environ = os.environ if client._environ is None else client._environ
-        segments = "/".join(map(_path_segment, path))
-        self.url = urllib.parse.urlsplit(f"{client.api_url}{_API_PATH}/{segments}")
+        self.url = urllib.parse.urlsplit(client.api_url + _path_of(*path))
         self.where = f"{method} {self.url.geturl()}"
         self.timeout = client.timeout if timeout is None else timeout
         # Up to twice _MAX_SECONDS: a run's default limit is its `timeout_seconds` and a margin.
@@ -940,7 +942,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
         text = text.replace(secret, "[redacted]")
         if any(mark in text for mark in "\\%&"):  # with one of which all other forms begin
             import re
-            pattern = "".join(map(_any_form, secret))
+            pattern = "".join([_any_form(character) for character in secret])
             text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
     return text
 
@@ -1368,12 +1370,11 @@ def _start_connecting(found: Any) -> Any:
 # ---- Answers: an answer to a document, a failure to an error -----------------------------------
 
 def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
-    is_empty = not answer.body
+    if (exchange.method, answer.status) == ("DELETE", 204) and not answer.body:
+        return {}
     document, problem = _parse_body(exchange, answer.body)
     if not 200 <= answer.status < 300:
         raise _error_of_status(exchange, answer, document)
-    if (exchange.method, answer.status, is_empty) == ("DELETE", 204, True):
-        return {}
     if answer.status not in (200, 201, 202, 204):
         problem = "the API answers with 200, 201, 202 or 204"
     elif not problem and not isinstance(document, shape):
@@ -1712,13 +1713,12 @@ def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[s
 
 def _format_tsv(command: str, document: Any) -> Iterator[str]:
     columns = _COMMANDS[command].columns
-    escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     yield "\t".join(columns) + "\n"
     for item in _items(command, document):
-        cells = [_cell(item, column) for column in columns]
-        whole = "".join(cells)
-        if "\\" in whole or not whole.isprintable():  # translate is slow, and seldom needed
-            cells = [cell.translate(escapes) for cell in cells]
+        cells = [  # str.translate would take twice as long
+            _cell(item, column).replace("\\", "\\\\").replace("\t", "\\t")
+            .replace("\n", "\\n").replace("\r", "\\r") for column in columns
+        ]
         yield "\t".join(cells) + "\n"
 
 
@@ -2115,8 +2115,7 @@ def _check_combination(args: argparse.Namespace) -> None:
     if args.command == "run":
         _as_usage_error(_run_request, args.words, args.profile, args.image, args.timeout_seconds)
     if args.command == "delete":
-        for run_id in args.words:
-            _as_usage_error(_path_segment, run_id)
+        _as_usage_error(_path_of, *args.words)
 
 
 def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") -> Any:
@@ -2167,10 +2166,11 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
     if stat.S_IFMT(os.fstat(descriptor).st_mode) in (stat.S_IFREG, stat.S_IFBLK):
         import errno
         try:
-            os.fsync(descriptor)  # a share or a thin disk may tell only now that it is full
+            os.fsync(descriptor)  # a share or a thin disk may tell only now that it is full,
+            os.close(os.dup(descriptor))  # or at a close, be it that of another descriptor
         except OSError as error:
             _let_through(error)
-            if error.errno != errno.EINVAL:  # a file of the kernel, say
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of a file of the kernel, say
                 raise
 
 
@@ -2184,13 +2184,15 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
     # that another process has just filled. The flag of this descriptor is that of all who have it.
     place, own = "", descriptor
     try:
+        mode = os.fstat(descriptor).st_mode
         if os.isatty(descriptor):
             place = os.ttyname(descriptor)
-        elif stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        elif stat.S_ISFIFO(mode):
             place = f"/dev/fd/{descriptor}"
+        elif stat.S_ISREG(mode):
+            os.lseek(descriptor, 0, os.SEEK_END)  # `--output` may have written to it
         if place[-1:].isdigit():  # not /dev/tty or /dev/ptmx, which would be another one
             own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        os.lseek(descriptor, 0, os.SEEK_END)  # of a file that `--output` may have written to
     except (AttributeError, OSError):
         pass  # Windows, no /dev/fd, or another user's
     with open(own, "wb", buffering=0, closefd=own != descriptor) as file:
@@ -2252,7 +2254,7 @@ class _Process:
             try:
                 os.fstat(descriptor)
             except OSError:  # it is closed
-                os.open(os.sep, os.O_RDONLY)
+                os.open(os.sep, getattr(os, "O_PATH", os.O_RDONLY))
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self.signal_number:
@@ -2389,6 +2391,8 @@ class _Reporter(_Observer):
 
     def error(self, error: BusContainersError, command: str | None) -> None:
         """Print an error, in the command line's words, with what is known of a run."""
+        if error.kind == "internal":
+            self.tick()  # for a signal: some C code turns what its handler raises into this
         self.has_failed = True
         if isinstance(error, _ReaderLeftError):
             return
@@ -2433,9 +2437,6 @@ class _Reporter(_Observer):
 
     def fault(self, fault: BaseException, command: str | None) -> int:
         """Print an unexpected exception; --verbose adds the places, without values."""
-        # Some callbacks of Python wrap what a signal's handler raises in another exception.
-        if self.process.signal_number:
-            return self.interrupt(_Interrupted(128 + self.process.signal_number), command)
         self.show_progress("")
         _let_through(fault)  # a host program's sys.exit, say
         trace = fault.__traceback__
@@ -2653,8 +2654,7 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
     elif _is_shared(old):
         return False
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        descriptor = os.open(temporary, flags, mode)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "wb", buffering=0):  # which closes it
             # A rename would give the file to us, or to another group.
             new = os.fstat(descriptor)

@@ -411,7 +411,7 @@ def test_what_a_host_s_handler_raises_ends_a_call(
         ("send", ConnectionAbortedError()), ("send", TimeoutError()), ("recv", TimeoutError()),
         ("ip_address", ValueError()), ("ip_network", ValueError()),
         ("connect", TimeoutError()), ("connect", BlockingIOError()), ("decode", MemoryError()),
-        ("raw_decode", ValueError()), ("raw_decode", MemoryError()),
+        ("raw_decode", ValueError()), ("raw_decode", MemoryError()), ("quote", StopIteration()),
     ],
     ids=str,
 )  # fmt: skip

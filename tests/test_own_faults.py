@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,29 @@ def test_no_dev_null(program: Program, api: Api, tmp_path: Path) -> None:
     skip_if("a device cannot be made here" if opened.code == 99 else "")
     assert opened[:2] == (0, PRINTED)
     assert bare(*RUN, at=api, env={"CLOSED": "1"})[:2] == (0, PRINTED)
+
+
+# Root's capabilities, to read any folder, are taken away.
+UNREADABLE = """
+mount -t tmpfs -o mode=0111 none "$0" || exit 99
+for path in /*; do
+    if [ -L "$path" ]; then ln -s "$(readlink "$path")" "$0$path"
+    elif [ -d "$path" ]; then mkdir "$0$path" && mount --rbind "$path" "$0$path"; fi
+done
+exec chroot "$0" setpriv --bounding-set=-all --inh-caps=-all "$@" <&- 2>&1
+"""
+
+
+def test_a_root_folder_that_cannot_be_read(program: Program, api: Api, tmp_path: Path) -> None:
+    """It takes the place of a stream that is closed."""
+    skip_if(why_no_namespace())
+    skip_if("" if os.geteuid() == 0 and shutil.which("setpriv") else "no root, or no setpriv")
+    root = tmp_path / "root"
+    root.mkdir()
+    command = [*namespace_command(), "sh", "-c", UNREADABLE, str(root), *program.command]
+    result = Program(command, program.home)(*RUN, at=api)
+    skip_if("no root folder can be made here" if result.code == 99 else "")
+    assert result[:3] == (0, PRINTED, b"")
 
 
 def test_a_folder_that_is_gone(program: Program, api: Api, folder: Path) -> None:

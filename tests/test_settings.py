@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ import bus_containers
 from hostile import Api, Hostile, Script, html, message, raw
 from support import (
     CANARY,
+    LIMIT,
     NOWHERE,
     URL_VARIABLES,
     Env,
     InProcess,
+    Program,
     chain,
     check_failure,
     failure_code,
@@ -326,6 +330,25 @@ def test_a_token_from_standard_input(cli: InProcess, api: Api) -> None:
     assert b"\r\nAuthorization: Bearer t0ken\r\n" in api.requests[0]
     error = check_failure(cli("--token-file", "-", "status", input=b""), 1)
     assert error.endswith(f": no token: standard input is empty; make one with: {NEW_TOKEN}")
+
+
+def test_a_token_from_a_standard_input_that_does_not_wait(program: Program, api: Api) -> None:
+    """Another process has made it non-blocking. Half a token would be sent as a whole one."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.write(writer, b"t0")
+    env: Env = {"BUS_AI_TOKEN": None}
+    process = program.start("--token-file", "-", "status", at=api, env=env, stdin=reader)
+    end = time.monotonic() + LIMIT
+    while select.select([reader], [], [], 0)[0]:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    os.write(writer, b"ken")
+    os.close(writer)
+    os.close(reader)
+    _, err = process.communicate(timeout=LIMIT)
+    assert (process.returncode, err) == (0, b"")
+    assert b"\r\nAuthorization: Bearer t0ken\r\n" in api.requests[0]
 
 
 def test_403_for_want_of_a_scope(cli: InProcess, api: Api) -> None:

@@ -359,6 +359,27 @@ def test_an_interrupt_that_python_drops(program: Program, api: Api) -> None:
     assert check_failure(result, -signal.SIGINT) == f"bus-containers: interrupted{ADVICE}"
 
 
+REPLACED = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise TypeError("expected a message argument") from None
+"""
+
+
+@pytest.mark.parametrize("name", ["ipaddress", "http"])
+def test_an_interrupt_that_python_replaces(
+    name: str, program: Program, api: Api, tmp_path: Path
+) -> None:
+    """As 3.12 may do while it imports. Promise 6.10."""
+    (tmp_path / f"{name}.py").write_text(REPLACED)
+    result = program(*RUN, at=api, env={"PYTHONPATH": str(tmp_path)})
+    assert check_failure(result, -signal.SIGINT) == "bus-containers: interrupted"
+    assert api.requests == []
+
+
 # The signal comes when a function of this name, with such a variable, is called or returns.
 HIT = """
 import os, runpy, signal, sys
