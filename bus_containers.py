@@ -1050,7 +1050,7 @@ class _Attempt(io.RawIOBase):
         def look_up() -> None:
             try:
                 # As a str the name would cost the import of the tables of IDNA.
-                outcomes.append(socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
+                outcomes.append(socket.getaddrinfo(host.encode(), port, 0, socket.SOCK_STREAM))
             except Exception as error:  # noqa: BLE001 - the caller's thread raises it
                 outcomes.append(error)
             going_on.release()

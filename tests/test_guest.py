@@ -177,7 +177,7 @@ HOSTS = [
         http.client.HTTPConnection.debuglevel = http.client.HTTPSConnection.debuglevel = 1
         socket.setdefaulttimeout(0.05)
         original, asked, alarms = socket.getaddrinfo, [], []
-        socket.getaddrinfo = lambda *args, **more: asked.append(1) or original(*args, **more)
+        socket.getaddrinfo = lambda *args: asked.append(1) or original(*args)  # as some do
         signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
         signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
         client.api_url = client.api_url.replace("127.0.0.1", "localhost")
