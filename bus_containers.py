@@ -457,8 +457,7 @@ def _path_of(*segments: str) -> str:
     import urllib.parse
     path = _API_PATH
     for segment in segments:
-        is_text = isinstance(segment, str) and segment.isprintable()
-        if not is_text or segment in ("", ".", ".."):
+        if not isinstance(segment, str) or not segment.isprintable() or segment in ("", ".", ".."):
             raise ConfigError(f"{segment!r} is not a run's id", f"`{_PROGRAM} runs` lists them")
         path += f"/{urllib.parse.quote(segment, safe='')}"
     return path
@@ -1125,12 +1124,13 @@ class _Attempt(io.RawIOBase):
             head += f"Proxy-Authorization: Basic {exchange.proxy_login}\r\n"
         self.sendall(f"{head}\r\n".encode())
         # http.client's own tunnel has no limit but one for each byte, and tells a refusal as text.
-        response = http.client.HTTPResponse(self, method="CONNECT")  # type: ignore[arg-type]
-        response.begin()
-        self._end_head(response)
-        status = response.status
+        # The reply is closed here, as Python would drop an interrupt amid an object's own end.
+        with http.client.HTTPResponse(self, method="CONNECT") as reply:  # type: ignore[arg-type]
+            reply.begin()
+            self._end_head(reply)
+        status = reply.status
         if not 200 <= status < 300:
-            text = f"{exchange.proxy_name} refused with HTTP {status} {response.reason}".rstrip()
+            text = f"{exchange.proxy_name} refused with HTTP {status} {reply.reason}".rstrip()
             advice = _proxy_login_advice(exchange) if status == 407 else ""
             retryable = _is_retryable(status)
             raise exchange.error(TransportError, exchange.quote(text), advice, retryable=retryable)
@@ -2168,9 +2168,9 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
         try:
             os.fsync(descriptor)  # a share or a thin disk may tell only now that it is full,
             os.close(os.dup(descriptor))  # or at a close, be it that of another descriptor
-        except OSError as error:
+        except OSError as error:  # a file of the kernel has neither, or no descriptor is left
             _let_through(error)
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of a file of the kernel, say
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EMFILE):
                 raise
 
 

@@ -436,15 +436,26 @@ def test_a_host_s_handler_at_any_step(
 # A response of http.client's that is not made whole fails at its end, and nobody closes a socket.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @second_tier
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("way", ["http", "https", "tunnel"])
 def test_an_interrupt_at_every_line_that_a_run_executes(
-    scheme: str, serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    way: str, serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise 4.9: also in the code of Python's own that it calls. None is dropped on the way."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
-    tls = certificates.context(certificates.good) if scheme == "https" else None
-    server = serve(answer(BODIES["run"]), tls=tls)
-    client = Client(server.url.replace("127.0.0.1", "localhost"), CANARY)
+    context = certificates.context(certificates.good)
+
+    def tunnel(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        connection.start_tls(context)
+        answer(BODIES["run"])(connection)
+
+    if way == "tunnel":
+        monkeypatch.setenv("HTTPS_PROXY", serve(tunnel).url)
+        client = Client("https://platform.test", CANARY)
+    else:
+        server = serve(answer(BODIES["run"]), tls=context if way == "https" else None)
+        client = Client(server.url.replace("127.0.0.1", "localhost"), CANARY)
     places: dict[tuple[str, int, str], None] = {}
     hits: list[object] = []
 

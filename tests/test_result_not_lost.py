@@ -870,6 +870,29 @@ def test_a_device_that_takes_the_messages_too(
     assert not rest.strip(b"-")
 
 
+def test_no_descriptor_left_to_be_closed(cli: InProcess, api: Api, folder: Path) -> None:
+    """As in a host program with many files. The result is stored all the same."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def exhaust(_frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and called is os.fsync:
+            sys.setprofile(None)
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+
+    with open(folder / "all", "wb") as stdout:
+        sys.setprofile(exhaust)
+        try:
+            result = cli(*RUN, at=api, stdout=stdout.fileno())
+        finally:
+            sys.setprofile(None)
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert result[:3] == (0, b"", b"")
+    assert tree(folder) == {"all": as_json(DOCUMENTS["run"])}
+
+
 @pytest.fixture
 def streams() -> Iterator[dict[str, int | None]]:
     """Standard outputs that take nothing."""
