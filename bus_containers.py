@@ -453,7 +453,7 @@ def _run_timeout(timeout_seconds: int | None) -> float:
 
 
 def _path_of(*segments: str) -> str:
-    """Return a path of segments, of which a run's id is one, so that it names no other endpoint."""
+    """Return the API's path of these segments; a run's id among them reaches no other."""
     import urllib.parse
     path = _API_PATH
     for segment in segments:
@@ -2168,7 +2168,7 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
         try:
             os.fsync(descriptor)  # a share or a thin disk may tell only now that it is full,
             os.close(os.dup(descriptor))  # or at a close, be it that of another descriptor
-        except OSError as error:  # a file of the kernel has neither, or no descriptor is left
+        except OSError as error:  # a file of the kernel is not synced; or no descriptor is left
             _let_through(error)
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EMFILE):
                 raise
@@ -2663,12 +2663,12 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
                 return False
             if old.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(old.st_mode))
-            fatal, fatal_before = errno.errorcode, fatal
+            fatal, fatal_before = errno.errorcode, fatal  # every one, while the old one is whole
             _write_all(descriptor, make_pieces())
         fatal = [*fatal_before, errno.ENOENT]  # somebody has removed it, or renamed the folder
         os.replace(temporary, target)
         return True
-    except OSError as error:  # of a rename to a mounted file, or another's in a folder as /tmp
+    except OSError as error:  # a rename's, to a mounted file or another's in a folder as /tmp
         _let_through(error)
         if error.errno not in fatal:
             return False
