@@ -974,9 +974,7 @@ _SOCKET_OPTIONS = [
 
 class _Attempt(io.RawIOBase):
     # One connection, also http.client's socket and raw stream: it calls all from `sendall` on.
-    # All but the look-up of a name happens in the caller's thread. So there is nobody who could
-    # still send something after the caller has given up, by a deadline or by any number of signals.
-
+    # All but a look-up is done by the caller's thread: once that gives up, nobody sends anything.
     def __init__(self, exchange: _Exchange) -> None:
         self.exchange = exchange
         self.sock: Any = None
@@ -1025,6 +1023,7 @@ class _Attempt(io.RawIOBase):
         port = exchange.peer.port or _DEFAULT_PORTS[exchange.peer.scheme]
         addresses = self._look_up(exchange.peer.hostname or "", port)
         self.sock = self._connect_to_first(addresses)
+        self.flags = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE might end a host program
         for level, name, value in _SOCKET_OPTIONS:
             try:
                 self.sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
@@ -1178,13 +1177,13 @@ class _Attempt(io.RawIOBase):
                 self.exchange.observer.tick()  # for a signal that came amid a message
                 try:
                     self.sock.settimeout(0)
-                    self.sock.send(left)  # an alert, for which nobody waits
+                    self.sock.send(left, self.flags)  # an alert, for which nobody waits
                 except OSError:
                     pass  # the failure says more
                 raise failure
             try:
                 while left:
-                    left = left[self._wait_for(self.sock.send, left) :]
+                    left = left[self._wait_for(self.sock.send, left, self.flags) :]
             except ConnectionError as error:
                 _let_through(error)
                 if operation != self.tls.read:  # else an answer may be there all the same
@@ -1299,7 +1298,7 @@ class _Attempt(io.RawIOBase):
         try:
             while left:
                 if not self.tls:
-                    count = self._wait_for(self.sock.send, left)
+                    count = self._wait_for(self.sock.send, left, self.flags)
                 else:
                     count = self._through_tls(self.tls.write, left)
                 left = left[count:]
@@ -1353,14 +1352,16 @@ class _AnswerReader(io.BufferedReader):
 
 def _start_connecting(found: Any) -> Any:
     import socket
-    family, type_, protocol, _, address = found
-    sock = socket.socket(family, type_, protocol)
+    *kind, _, address = found
+    sock = socket.socket(*kind)
     sock.setblocking(False)
     try:
         try:
             sock.connect(address)
         except BlockingIOError as error:
             _let_through(error)  # else it is on its way
+        if sock.getsockname() == address:  # TCP may choose that port for us
+            raise OSError("nobody listens there, so the port was connected to itself")
     except OSError:
         sock.close()
         raise
@@ -2519,7 +2520,6 @@ class _Result:
     # its path. So the path holds its old content or one whole result at any moment. Where that is
     # impossible (a device, a FIFO, a hard link, a file of another owner, a folder that cannot be
     # written to, a mounted file), the file is overwritten, as with a shell's `>`.
-
     def __init__(self, path: str | None) -> None:
         self._path = None if path == "-" else path
         # What is overwritten in place, held from the check on: a FIFO's reader may not come twice.

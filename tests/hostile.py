@@ -205,6 +205,18 @@ def answer_unread(data: bytes, linger: bool) -> Script:
     return script
 
 
+def end_unread(data: bytes) -> Script:
+    """Answer when the head is there, then end, then reset: what is sent after that is EPIPE."""
+
+    def script(connection: Connection) -> None:
+        connection.read_head()
+        connection.send(data)
+        connection.sock.shutdown(socket.SHUT_WR)
+        connection.await_sent()
+
+    return script
+
+
 def then_hold(data: bytes) -> Script:
     """Read the request, send these bytes, never go on."""
     return steps(raw(data), Connection.hold)
@@ -648,6 +660,15 @@ class AlertingTls:
 
 
 # --- name resolution, really ------------------------------------------------------------------
+
+
+def why_no_ipv6() -> str:
+    """The reason to skip what needs an IPv6 loopback; empty where there is one."""
+    try:
+        with FullPort("::1"):
+            return ""
+    except OSError as error:
+        return f"no IPv6 loopback here: {error}"
 
 
 @cache

@@ -21,7 +21,17 @@ from typing import Any, NamedTuple
 import pytest
 
 import bus_containers
-from hostile import Api, Connection, Hostile, Script, answer, message, reset
+from hostile import (
+    Api,
+    Certificates,
+    Connection,
+    Hostile,
+    Script,
+    answer,
+    end_unread,
+    message,
+    reset,
+)
 from support import (
     BODIES,
     CANARY,
@@ -227,6 +237,23 @@ def test_the_library_in(host: Host, guest: Guest, api: Api, serve: Serve) -> Non
     result = guest(host.script, at=server, strict=not is_green)
     assert (result.code, result.out.decode().split()) == (0, host.says.split()), result
     assert is_green or result.err == b""
+
+
+@pytest.mark.parametrize("is_secure", [False, True], ids=["http", "https"])
+def test_a_host_that_a_broken_pipe_would_end(
+    is_secure: bool, guest: Guest, serve: Serve, certificates: Certificates
+) -> None:
+    """Promise 4.7: as after the line that many have for `| head`; the run's state is told."""
+    tls = certificates.context(certificates.good) if is_secure else None
+    script = f"""
+    import signal
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.environ["SSL_CERT_FILE"] = {str(certificates.ca)!r}
+    say(failure(client.run, ["x" * 8_000_000]))
+    """
+    result = guest(script, at=serve(end_unread(message(b"", "413 Too Large")), tls=tls))
+    assert (result.code, result.err) == (0, b"")
+    assert result.out in (b"ApiError ", b"TransportError ")  # a reset may take the answer away
 
 
 def test_a_process_with_odd_modules(

@@ -39,6 +39,7 @@ from hostile import (
     reset,
     silent,
     then_hold,
+    why_no_ipv6,
     why_no_name_server,
     why_no_namespace,
     with_files,
@@ -292,14 +293,6 @@ def test_a_dead_address_costs_little(
     assert (result.code, result.err) == (0, b"")
     assert (server.methods(), server.connections) == (["POST"], 1)
     assert result.seconds < SOON
-
-
-def why_no_ipv6() -> str:
-    try:
-        with FullPort("::1"):
-            return ""
-    except OSError as error:
-        return f"no IPv6 loopback here: {error}"
 
 
 SAYS = "cannot connect to the API: no answer within {} s; check BUS_AI_API_URL; "

@@ -34,8 +34,10 @@ from hostile import (
     html,
     message,
     raw,
+    refused_port,
     reset,
     then_hold,
+    why_no_ipv6,
 )
 from support import (
     BODIES,
@@ -48,6 +50,7 @@ from support import (
     as_json,
     check_each,
     check_failure,
+    skip_if,
     tiers,
     words,
 )
@@ -251,6 +254,26 @@ def test_a_connection_that_cannot_be_closed(
     monkeypatch.setattr(socket.socket, "close", fail)
     result = cli("run", "true", at=api)
     assert (result.code, result.err) == (0, b"")
+
+
+class SelfConnecting(socket.socket):
+    """Gets the port that it connects to, as may happen where nobody listens at one of many."""
+
+    def connect(self, address: Any) -> None:
+        self.bind(address)
+        super().connect(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_port_that_is_connected_to_itself(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 6.4: nobody is there, so it is as if the port refused."""
+    skip_if(why_no_ipv6() if ":" in host else "")
+    with refused_port() as port:
+        pass
+    monkeypatch.setattr(socket, "socket", SelfConnecting)
+    with pytest.raises(bus_containers.TransportError, match="connected to itself") as caught:
+        bus_containers.Client(f"http://{host}:{port}", CANARY).run(["true"], timeout=0.2)
+    assert (caught.value.run_state, caught.value.retryable) == ("not_sent", True)
 
 
 # The body of an error, and a part of what is said of it.

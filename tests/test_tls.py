@@ -327,6 +327,8 @@ def test_nobody_waits_for_room_for_an_alert() -> None:
     client = bus_containers.Client("https://127.0.0.1:1", CANARY, timeout=LIMIT)
     attempt = bus_containers._Attempt(bus_containers._Exchange(client, "GET", "status"))
     attempt.sock, server = socket.socketpair()
+    attempt.flags = socket.MSG_NOSIGNAL
+    server.settimeout(LIMIT)
 
     def serve() -> None:
         server.recv(65536)
