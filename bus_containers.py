@@ -97,6 +97,8 @@ _TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no dead
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
 _PIPE_BYTES = 4096 if sys.platform == "linux" else 512  # a writable pipe takes them at once
 _NO_ROOM_SECONDS = 0.001  # until another look at a terminal that has room, but not enough
+# How a folder or a file system refuses a new file, its mode or its new name, but for want of room.
+_REFUSALS = "EACCES EBUSY EINVAL ENAMETOOLONG ENOSYS ENOTSUP EOPNOTSUPP EPERM EROFS EXDEV"
 
 
 def _visible(text: str) -> str:
@@ -1341,10 +1343,11 @@ class _Attempt(io.RawIOBase):
 
 class _AnswerReader(io.BufferedReader):
     # http.client has email parse the headers, which would look for parts or a message in the body,
-    # for minutes and with any exception, and for which a lone CR ends a line, too.
+    # for minutes and with any exception, end a line at a lone CR, and keep a blank after `chunked`.
     def readline(self, limit: int | None = -1) -> bytes:
         import re
         line = re.sub(rb"\r(?!\n)", b" ", super().readline(limit))
+        line = re.sub(rb"(?<=\S)[ \t]+(?=\r?\n)", b"", line)
         kind = b"(?i)^((content-type:|[ \t]).*?(multipart|message))/"
         self.last_line = re.sub(kind, rf"\1{_NOT_OF_EMAIL}/".encode(), line)
         return self.last_line
@@ -1360,7 +1363,7 @@ def _start_connecting(found: Any) -> Any:
             sock.connect(address)
         except BlockingIOError as error:
             _let_through(error)  # else it is on its way
-        if sock.getsockname() == address:  # TCP may choose that port for us
+        if sock.getsockname()[1] == address[1]:  # TCP may choose that port for us
             raise OSError("nobody listens there, so the port was connected to itself")
     except OSError:
         sock.close()
@@ -1945,8 +1948,9 @@ def _opencli_document() -> Document:
         is_secret = variable["secret"]
         variable.update(required=False, schema={"type": "string"})
         variable["affects"] = [name for name, row in _COMMANDS.items() if row.method]
-        handling = {"printable": not is_secret, "storeInDotenv": not is_secret}
-        variable["safeHandling"] = {**handling, "redactInLogs": is_secret}
+        variable["safeHandling"] = {
+            "printable": not is_secret, "storeInDotenv": not is_secret, "redactInLogs": is_secret,
+        }
     return {
         "opencli": "0.1.0",
         "info": {
@@ -2051,8 +2055,7 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
 def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
     import argparse
     import functools
-    # add_argument makes a formatter, to check a name with. It would ask the terminal for its width
-    # and, in Python 3.14, a host program's standard output for colours.
+    # add_argument makes a formatter. It would ask the terminal for its width, or 3.14 for colours.
     plain: dict[str, Any] = {}
     if sys.version_info >= (3, 14):
         plain = {"color": False}
@@ -2092,7 +2095,8 @@ def _convert(value_name: str, text: str) -> Any:
             raise ConfigError(f"{text!r} is not a duration >= 0")
         return seconds
     elif value_name == "N":
-        if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        import re
+        if not re.fullmatch("[0-9]{1,15}", text):
             raise ConfigError(f"{text!r} is not {_WHOLE_NUMBER}")
         return int(text)
     elif value_name in ("DIR", "FILE", "PATH"):
@@ -2166,13 +2170,16 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
                     time.sleep(_NO_ROOM_SECONDS)
     if stat.S_IFMT(os.fstat(descriptor).st_mode) in (stat.S_IFREG, stat.S_IFBLK):
         import errno
-        try:
-            os.fsync(descriptor)  # a share or a thin disk may tell only now that it is full,
-            os.close(os.dup(descriptor))  # or at a close, be it that of another descriptor
-        except OSError as error:  # a file of the kernel is not synced; or no descriptor is left
-            _let_through(error)
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EMFILE):
-                raise
+        copy: Any = None
+        for call in (os.fsync, os.dup):
+            try:
+                copy = call(descriptor)
+            except OSError as error:  # some files cannot be synced; or no descriptor is left
+                _let_through(error)
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EMFILE):
+                    raise
+        if copy is not None:  # a share or a thin disk may tell only at a close that it is full
+            os.close(copy)
 
 
 def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
@@ -2241,11 +2248,10 @@ class _Process:
     def prepare(self) -> None:
         import gc
         import signal
-        # A script's background job inherits an ignored SIGINT, which stays so. For PID 1 the kernel
-        # has no default action: without a handler, SIGTERM would do nothing.
+        # A script's background job inherits an ignored SIGINT, which stays so.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
-        # SIGTERM has to take the line of progress away, and to tell what is known of a run.
+        # Else the line of progress would stay, and PID 1 not even end: it has no default action.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._interrupt)
         self.reserve = bytes(2 * _IO_BYTES)
@@ -2516,14 +2522,14 @@ class _Reporter(_Observer):
 
 class _Result:
     """Where the result goes, standard output or a file; proved to be open before the request."""
-    # For a file, the result is written to a new one in the same folder, which is then renamed to
-    # its path. So the path holds its old content or one whole result at any moment. Where that is
-    # impossible (a device, a FIFO, a hard link, a file of another owner, a folder that cannot be
-    # written to, a mounted file), the file is overwritten, as with a shell's `>`.
+    # For a file, the result is written to a new one beside it, which is then renamed: so the path
+    # holds its old content or one whole result at any moment. Where that is impossible (a device, a
+    # hard link, another's file, a folder without write permission), it is overwritten, as with `>`.
     def __init__(self, path: str | None) -> None:
         self._path = None if path == "-" else path
         # What is overwritten in place, held from the check on: a FIFO's reader may not come twice.
         self._held: int | None = None
+        self._is_file = self._path is not None
         try:
             if not self._path:
                 if getattr(sys.stdout, "closed", sys.stdout is None):
@@ -2531,6 +2537,7 @@ class _Result:
                 descriptor = _descriptor(sys.stdout)
                 if descriptor is not None:
                     os.write(descriptor, b"")  # this fails for /dev/full, too
+                    self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
             else:
                 self._prove_file(self._path)
         except (OSError, ValueError) as error:
@@ -2584,7 +2591,7 @@ class _Result:
             _let_through(error)
             failure = self._error(error)
             is_gone = isinstance(error, BrokenPipeError)
-        if is_gone and not self._path:
+        if is_gone and not self._is_file:
             raise _ReaderLeftError("the reader of standard output left")
         # A result was paid for and cannot be fetched again, so it goes where it still can.
         if self._path:
@@ -2644,43 +2651,37 @@ def _is_shared(status: os.stat_result) -> bool:
 def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
     import errno
-    # Where there is no room for a new file, there may be none to overwrite the old one.
-    fatal: Any = [errno.ENOSPC, errno.EDQUOT]
     mode = 0o600  # nobody else may open it before it has that of the old file
     target, temporary, old = _target(path)
     if not old:
         mode = 0o666  # less what the umask takes
-        fatal = errno.errorcode  # every one, as there is no old one
     elif _is_shared(old):
         return False
+    refusals = f"{_REFUSALS} ENOENT"  # as in /proc
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "wb", buffering=0):  # which closes it
-            # A rename would give the file to us, or to another group.
             new = os.fstat(descriptor)
-            old = old or new
-            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            wanted = old or new
+            # A rename would give the file to us, or to another group.
+            if (wanted.st_uid, wanted.st_gid) != (new.st_uid, new.st_gid):
                 return False
-            if old.st_mode != new.st_mode:  # some file systems refuse any change
-                os.chmod(descriptor, stat.S_IMODE(old.st_mode))
-            fatal, fatal_before = errno.errorcode, fatal  # every one, while the old one is whole
+            if wanted.st_mode != new.st_mode:  # some file systems refuse any change
+                os.chmod(descriptor, stat.S_IMODE(wanted.st_mode))
+            refusals = ""  # what fails now leaves the old file as it is
             _write_all(descriptor, make_pieces())
-        fatal = [*fatal_before, errno.ENOENT]  # somebody has removed it, or renamed the folder
+        refusals = _REFUSALS
         os.replace(temporary, target)
         return True
-    except OSError as error:  # a rename's, to a mounted file or another's in a folder as /tmp
+    except OSError as error:
         _let_through(error)
-        if error.errno not in fatal:
+        if not old:
+            raise
+        if errno.errorcode.get(error.errno or 0) in refusals.split():
             return False
-        folder = os.stat(os.path.dirname(target) or ".")
-        if old and old.st_dev != folder.st_dev:  # a mounted file, or one of a layer of an overlay
-            _remove(temporary)
-            try:
-                os.link(target, temporary)
-            except OSError as failure:
-                _let_through(failure)
-                if failure.errno == errno.EXDEV:  # it is mounted, and its own disk may have room
-                    return False
+        folder = os.path.dirname(target) or "."
+        if hasattr(os, "statvfs") and os.statvfs(target).f_fsid != os.statvfs(folder).f_fsid:
+            return False  # it is mounted, and its own disk may have room
         raise
     finally:
         try:
@@ -2733,7 +2734,6 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
     client = None
     while True:
         left = end - time.monotonic()
-        is_last_look = left <= 0
         try:
             client = client or _client(args, report)
             client._retries = 0  # this loop is what tries again
@@ -2755,7 +2755,7 @@ def _wait_for_platform(args: argparse.Namespace, report: _Reporter) -> Document:
             asked_seconds = getattr(error, "retry_after_seconds", 0)
             if asked_seconds <= _MAX_RETRY_AFTER_SECONDS:
                 pause_seconds = max(pause_seconds, asked_seconds)
-        if is_last_look:
+        if left <= 0:  # that was the last look
             text = f"the platform is not ready after {_rounded(args.wait)}: {reason}"
             raise DeadlineError(text, retryable=True)
         _pause(min(pause_seconds, end - time.monotonic()), report.tick)

@@ -763,9 +763,9 @@ def test_a_file_system_that_fills_up(case: str, program: Program, api: Api, fold
     assert left == b"out\nold"
 
 
-# What NFS says where a quota is exceeded: at the close of a FIFO or of a file with a result in it,
-# when that is to be stored, and at its rename. Or no file gets a new name, as where a folder may
-# only be added to. Or the mode of a file cannot be changed.
+# What NFS says where a quota is exceeded, and others where they fail: at the close of a FIFO or of
+# a file with a result in it, when that is to be stored, and at its rename. Or no file gets a new
+# name, as where a folder may only be added to. Or the mode of a file cannot be changed.
 QUOTA = r"""
 #include <errno.h>
 #include <string.h>
@@ -778,16 +778,17 @@ int close(int fd) {
     int is_known = !fstat(fd, &file);
     int is_result = is_known && S_ISREG(file.st_mode) && file.st_size == SIZE && CLOSE;
     int result = syscall(SYS_close, fd);
-    return is_result || (is_known && S_ISFIFO(file.st_mode)) ? fail(EDQUOT) : result;
+    if (is_result) return fail(CLOSE);
+    return is_known && S_ISFIFO(file.st_mode) ? fail(EDQUOT) : result;
 }
 int fchmod(int fd, mode_t mode) {
     return mode == 0611 ? fail(EPERM) : (int)syscall(SYS_fchmod, fd, mode);
 }
-int fsync(int fd) { return FSYNC ? fail(EDQUOT) : (int)syscall(SYS_fsync, fd); }
+int fsync(int fd) { return FSYNC ? fail(FSYNC) : (int)syscall(SYS_fsync, fd); }
 int rename(const char *from, const char *to) {
     int is_result = RENAME && strstr(from, ".bus-containers");
     if (!is_result) return syscall(SYS_renameat2, -100, from, -100, to, 0);
-    return fail(strstr(to, "new") ? EPERM : EDQUOT);
+    return fail(strstr(to, "new") ? EPERM : RENAME);
 }
 """
 
@@ -803,20 +804,32 @@ def preloaded(folder: Path, source: str, *options: str) -> Env:
     return {"LD_PRELOAD": library}
 
 
-@pytest.mark.parametrize("fails_at", tiers(["close", "fsync", "rename"], "close"))
+QUOTAS = {  # the errors of close, fsync and rename, 0 for none
+    "close": (errno.EDQUOT, 0, 0),
+    "fsync": (0, errno.EDQUOT, 0),
+    "rename": (0, 0, errno.EDQUOT),
+    "close, and there is no fsync": (errno.EINVAL, errno.EOPNOTSUPP, 0),
+    "fsync, as where a pipe's reader left": (0, errno.EPIPE, 0),
+    "fsync, by a number that Python may not know": (0, 133, 0),
+}
+
+
+@pytest.mark.parametrize("fails_at", tiers(list(QUOTAS), "close"))
 def test_a_quota_that_is_exceeded(
     fails_at: str, program: Program, api: Api, serve: Serve, folder: Path, tmp_path: Path
 ) -> None:
     document = big(100_000)
-    values = [f"-D{name.upper()}={int(name == fails_at)}" for name in ("close", "fsync", "rename")]
+    numbers = dict(zip(("CLOSE", "FSYNC", "RENAME"), QUOTAS[fails_at]))
+    values = [f"-D{name}={number}" for name, number in numbers.items()]
     full = preloaded(tmp_path, QUOTA, *values, f"-DSIZE={len(as_json(document))}")
     make_output("old", folder)
     result = program("-o", "out", *RUN, at=api.answers(document), env=full)
-    check_saved(result, document, "out", errno.EDQUOT)
+    reason = next(number for number in QUOTAS[fails_at] if number)
+    check_saved(result, document, "out", reason)
     if fails_at != "rename":
         with open(folder / "all", "wb") as stdout:
             result = program(*RUN, at=api, env=full, stdout=stdout)
-        said = f"cannot write to standard output: {os.strerror(errno.EDQUOT)}; run run-1 ended"
+        said = f"cannot write to standard output: {os.strerror(reason)}; run run-1 ended"
         assert said in check_failure(result, 125)
         (folder / "all").unlink()
     if fails_at == "close":
@@ -841,6 +854,23 @@ def test_a_quota_that_is_exceeded(
         leave = meanwhile(lambda: opened.result(LIMIT).close())
         result = program("-o", "fifo", *RUN, at=serve(leave), env=full)
     check_saved(result, RESULT, "fifo", errno.EPIPE)
+
+
+def test_a_disk_that_fails_as_a_file_is_made(
+    cli: InProcess, api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old file is not overwritten for that: this might fail as well, amid the result."""
+    open_as_usual = os.open
+
+    def fail(path: Any, flags: int, mode: int = 0o777) -> int:
+        if ".bus-containers" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_as_usual(path, flags, mode)
+
+    make_output("old", folder)
+    monkeypatch.setattr(os, "open", fail)
+    check_saved(cli("-o", "out", *RUN, at=api.answers(RESULT)), RESULT, "out", errno.EIO)
+    assert tree(folder) == {"out": OLD}
 
 
 # An open file looks like a block device, whose end is not where a message goes, and which cannot be

@@ -264,7 +264,7 @@ class SelfConnecting(socket.socket):
         super().connect(address)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "[::1]"])
 def test_a_port_that_is_connected_to_itself(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 6.4: nobody is there, so it is as if the port refused."""
     skip_if(why_no_ipv6() if ":" in host else "")
@@ -301,6 +301,15 @@ def test_an_error_of_an_odd_shape(name: str, cli: InProcess, api: Api) -> None:
     result = cli(*words("run"), at=api.answers(body, status="400 Odd"))
     said = check_failure(result, 125).partition(": HTTP 400")[2]
     assert said == (says if says.startswith(" ") else f" Odd{says}")
+
+
+@pytest.mark.parametrize("blank", [" ", "\t \t"])
+def test_a_blank_after_a_header(blank: str, cli: InProcess, serve: Serve) -> None:
+    """It is no part of the value, so the chunks are known, and nobody waits for an end."""
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODIES["run"]), BODIES["run"])
+    head = CHUNKED.replace(b"chunked", b"chunked" + blank.encode())
+    result = cli("--timeout", "9s", *words("run"), at=serve(then_hold(head + body)))
+    assert result[:3] == (0, as_json(DOCUMENTS["run"]), b"")
 
 
 @pytest.mark.parametrize("linger", [True, False], ids=["reads-on", "resets"])
