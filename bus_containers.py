@@ -98,7 +98,7 @@ _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this 
 _PIPE_BYTES = 4096 if sys.platform == "linux" else 512  # a writable pipe takes them at once
 _NO_ROOM_SECONDS = 0.001  # until another look at a terminal that has room, but not enough
 # How a folder or a file system refuses a new file, its mode or its new name, but for want of room.
-_REFUSALS = "EACCES EBUSY EINVAL ENAMETOOLONG ENOSYS ENOTSUP EOPNOTSUPP EPERM EROFS EXDEV"
+_REFUSALS = "EACCES EBUSY EINVAL ENAMETOOLONG ENOSYS ENOTSUP EOPNOTSUPP EOVERFLOW EPERM EROFS EXDEV"
 
 
 def _visible(text: str) -> str:
@@ -362,8 +362,7 @@ class Client:
             first, exchange = exchange, _Exchange(self, "GET", "status")
             exchange.deadline = first.deadline  # it is one call
             document = exchange.fetch()
-            # The published provider shows runs among its runners. A run has a `run_id` or an owner.
-            # Where no item has either, nothing tells a run from a runner, so all are shown.
+            # The published provider shows runs among its runners; without marks all may be runs.
             items = _items("status", document)
             marks = ("run_id", "owner_identity_id", "owner_account_id")
             runs = [item for item in items if any(item.get(mark) for mark in marks)]
@@ -716,8 +715,7 @@ def _parse_address(host: str) -> Any:
 _DURATION_PART = "([0-9]+(?:\\.[0-9]*)?|\\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 _UNIT_NANOSECONDS = {
     "ns": 1, "us": 10**3, "ms": 10**6,
-    "\u00b5s": 10**3,  # with the micro sign
-    "\u03bcs": 10**3,  # with the Greek letter mu
+    "\u00b5s": 10**3, "\u03bcs": 10**3,  # with the micro sign, and with the Greek letter mu
     "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
 }
 
@@ -821,15 +819,6 @@ class _Observer:
 
     def show_headers(self, mark: str, lines: Iterable[str]) -> None:
         """The head of a request (`>`) or of an answer (`<`) has passed."""
-
-
-class _Answer:
-    def __init__(self, status: int, reason: str, headers: Any, body: bytearray) -> None:
-        self.status = status
-        self.reason = reason
-        # Of a repeated header the last one counts; of the body's length, _read_body.
-        self.headers: dict[str, str] = {name.lower(): value for name, value in headers}
-        self.body = body
 
 
 class _Exchange:
@@ -996,12 +985,14 @@ class _Attempt(io.RawIOBase):
     def perform(self, shape: Any) -> Any:
         """Connect, send the request; return the answer's document. Raises BusContainersError."""
         import http.client
+        import socket
         import urllib.error
+        answer: Any = None
         try:
             try:
                 self._connect()
                 answer = self._converse()
-                return _usable_document(self.exchange, answer, shape)
+                return _usable_document(self.exchange, shape, *answer)
             except (BusContainersError, KeyboardInterrupt) as error:
                 raise error.with_traceback(None) from None  # http.client's frames hold the token
             except urllib.error.URLError as error:  # which wraps what fails while it sends
@@ -1014,6 +1005,9 @@ class _Attempt(io.RawIOBase):
             raise _error_of_failure(self, failure)
         finally:
             try:
+                if self.run_state == "unknown" and not answer:
+                    # Reset it: the kernel would send on, and a run begin that was given up.
+                    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
                 if self.sock is not None:
                     self.sock.close()
             except OSError:
@@ -1214,7 +1208,7 @@ class _Attempt(io.RawIOBase):
             request.set_proxy(exchange.peer.netloc.rpartition("@")[2], "http")
         return request
 
-    def _converse(self) -> _Answer:
+    def _converse(self) -> tuple[http.client.HTTPResponse, bytearray]:
         import http.client
         import urllib.request
         exchange = self.exchange
@@ -1227,11 +1221,10 @@ class _Attempt(io.RawIOBase):
             return connection
         start = time.monotonic()
         self.enter_state("unknown")  # from now on a byte of the request may have left
-        # do_open, for the request and the answer's head, without an opener, which would follow
-        # redirects. The debug level, which a host program may have raised, prints the token.
+        # No opener, which would follow redirects. The debug level, a host's, prints the token.
         handler = urllib.request.HTTPHandler(debuglevel=0)
         with handler.do_open(reuse_connection, self._request()) as response:
-            headers = self._end_head(response)
+            self._end_head(response)
             if response.status >= 300:
                 self.max_bytes = self.received_bytes + _MAX_ERROR_BYTES
             if 300 <= response.status < 500:
@@ -1239,9 +1232,9 @@ class _Attempt(io.RawIOBase):
             body = self._read_body(response)
         took = f"{len(body):,} bytes, {time.monotonic() - start:.3f} s"
         exchange.observer.explain(f"{exchange.where}: {response.status}, {took}")
-        return _Answer(response.status, response.reason, headers, body)
+        return response, body
 
-    def _end_head(self, response: Any) -> list[tuple[str, str]]:
+    def _end_head(self, response: Any) -> None:
         import http.client
         # Of the interim answers http.client skips only 100. A 101 is not one: it ends HTTP.
         while 102 <= response.status < 200:
@@ -1251,11 +1244,10 @@ class _Attempt(io.RawIOBase):
             raise http.client.IncompleteRead(b"")
         is_good = response.status in (200, 201, 202, 204)
         self.may_be_done = is_good and self.run_state == "unknown"
-        headers = [(name, text.replace(_NOT_OF_EMAIL, "")) for name, text in response.getheaders()]
         lines = [f"{response.status} {response.reason}"]
-        lines += [f"{name}: {text}" for name, text in headers]
+        for name, text in response.getheaders():
+            lines.append(f"{name}: {text.replace(_NOT_OF_EMAIL, '')}")
         self.exchange.observer.show_headers("<", map(self.exchange.quote, lines))
-        return headers
 
     def _read_body(self, response: Any) -> bytearray:
         """Read the body in pieces: for a piece http.client raises nothing where the body is cut."""
@@ -1373,10 +1365,10 @@ def _start_connecting(found: Any) -> Any:
 
 # ---- Answers: an answer to a document, a failure to an error -----------------------------------
 
-def _usable_document(exchange: _Exchange, answer: _Answer, shape: Any) -> Any:
-    if (exchange.method, answer.status) == ("DELETE", 204) and not answer.body:
+def _usable_document(exchange: _Exchange, shape: Any, answer: Any, body: bytearray) -> Any:
+    if (exchange.method, answer.status) == ("DELETE", 204) and not body:
         return {}
-    document, problem = _parse_body(exchange, answer.body)
+    document, problem = _parse_body(exchange, body)
     if not 200 <= answer.status < 300:
         raise _error_of_status(exchange, answer, document)
     if answer.status not in (200, 201, 202, 204):
@@ -1450,7 +1442,7 @@ def _parse_json(text: str) -> Any:
     raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} deep")
 
 
-def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> ApiError:
+def _error_of_status(exchange: _Exchange, answer: Any, document: Any) -> ApiError:
     document = _redacted_document(document, exchange.secrets)
     fields = _error_object(document)
     said = exchange.quote(_text(fields, "type") or answer.reason)
@@ -1477,7 +1469,7 @@ def _error_of_status(exchange: _Exchange, answer: _Answer, document: Any) -> Api
     return error
 
 
-def _advice_of_headers(exchange: _Exchange, answer: _Answer, error: ApiError) -> Iterator[str]:
+def _advice_of_headers(exchange: _Exchange, answer: Any, error: ApiError) -> Iterator[str]:
     status = answer.status
     if 300 <= status < 400:
         target = exchange.quote(answer.headers.get("location", "nowhere"))
@@ -1624,9 +1616,6 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
         if b"-----BEGIN" not in data:
             return "is not PEM"
         return "holds no certificate that can be used"
-    except FileNotFoundError as error:
-        _let_through(error)
-        return "does not exist"
     except (OSError, ValueError) as error:
         _let_through(error)
         return f"cannot be read: {_reason_of(error)}"
@@ -1975,7 +1964,6 @@ def _opencli_command(command: str, row: _Command) -> Document:
             "name": name, "aliases": short.split(), "description": text, "valueName": value,
             "required": False, "repeatable": name == "--verbose", "default": default,
         })
-    # Go programs read a code as an integer. The container's own has no number.
     codes = [(int(code), text) for code, text in _exit_codes_of(command) if code.isdigit()]
     return {
         "name": command, "summary": row.summary,
@@ -2055,7 +2043,7 @@ def _parse(command: str | None, options: _Options, words: list[str]) -> argparse
 def _build_parser(rows: Mapping[str, Any]) -> argparse.ArgumentParser:
     import argparse
     import functools
-    # add_argument makes a formatter. It would ask the terminal for its width, or 3.14 for colours.
+    # add_argument makes a formatter, which would ask the terminal for its width, and for colours.
     plain: dict[str, Any] = {}
     if sys.version_info >= (3, 14):
         plain = {"color": False}
@@ -2159,8 +2147,7 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
     for piece in pieces:
         for start in range(0, len(piece), _IO_BYTES):
             part = piece[start : start + _IO_BYTES]
-            # A lone surrogate has no form in UTF-8 and is escaped.
-            left = memoryview(part.encode("utf-8", "backslashreplace"))
+            left = memoryview(part.encode("utf-8", "backslashreplace"))  # of a lone surrogate
             while left:  # a pipe may take a part only
                 try:
                     left = left[os.write(descriptor, left) :]
@@ -2256,6 +2243,8 @@ class _Process:
             signal.signal(signal.SIGTERM, self._interrupt)
         self.reserve = bytes(2 * _IO_BYTES)
         gc.disable()  # what it makes lives to its end, and collecting slows large answers down
+        if hasattr(signal, "SIGTTOU"):  # on some terminals a message would stop a background job
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         # The folder / takes a closed one's place: it takes no words, as a socket there would.
         for descriptor in (0, 1, 2):
             try:
@@ -2469,7 +2458,6 @@ class _Reporter(_Observer):
                 self.unsent = b""
             except Exception as error:  # noqa: BLE001 - a host's stream may raise any
                 _let_through(error)
-                # It is a part of the result, and there is no other place for it.
                 text = f"cannot write to standard error: {_reason_of(error)}"
                 raise _OutputError(text) from None
         fields = {name: document.get(name) for name in ("run_id", "exit_code", "duration_ms")}
@@ -2502,7 +2490,6 @@ class _Reporter(_Observer):
 
     def _write(self, text: str, wait_seconds: float) -> None:
         """Write to standard error, or give up: a result must not wait for one that nobody reads."""
-        # After a message that was not taken in time, the next ones do not wait.
         self.process.is_writing = True
         try:
             data = self.unsent + text.encode("utf-8", "backslashreplace")
@@ -2512,7 +2499,7 @@ class _Reporter(_Observer):
             if not left:
                 self.patience_seconds = _PATIENCE_SECONDS
             elif wait_seconds:
-                self.patience_seconds = 0
+                self.patience_seconds = 0  # of the next messages
         except Exception as error:  # noqa: BLE001 - there is none, it is closed, or a host's own
             _let_through(error)
             self.process.is_mute |= self.has_failed and isinstance(error, MemoryError)
@@ -2648,6 +2635,17 @@ def _is_shared(status: os.stat_result) -> bool:
     return False
 
 
+def _is_mounted(path: str) -> bool:
+    """Return whether a file is mounted from elsewhere, so that its own disk may have room."""
+    try:
+        place = os.fsencode(os.path.realpath(path)).replace(b" ", rb"\040")
+        with open("/proc/self/mountinfo", "rb") as file:
+            return any(line.split(b" ")[4] == place for line in file)
+    except OSError as error:  # this is not Linux, say
+        _let_through(error)
+        return False
+
+
 def _replace(path: str, make_pieces: _MakePieces) -> bool:
     """Write a new file and rename it to a path; return False where only overwriting will do."""
     import errno
@@ -2672,16 +2670,18 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
             _write_all(descriptor, make_pieces())
         refusals = _REFUSALS
         os.replace(temporary, target)
+        refusals = ""
+        if os.access(target, os.W_OK):  # else there is no way to have its new name stored
+            descriptor = os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+            with open(descriptor, "wb", buffering=0):
+                _write_all(descriptor, [])
         return True
     except OSError as error:
         _let_through(error)
         if not old:
             raise
-        if errno.errorcode.get(error.errno or 0) in refusals.split():
+        if errno.errorcode.get(error.errno or 0) in refusals.split() or _is_mounted(target):
             return False
-        folder = os.path.dirname(target) or "."
-        if hasattr(os, "statvfs") and os.statvfs(target).f_fsid != os.statvfs(folder).f_fsid:
-            return False  # it is mounted, and its own disk may have room
         raise
     finally:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from support import (
     InProcess,
     Program,
     check_each,
+    check_failure,
     second_tier,
     skip_if,
     words,
@@ -173,6 +175,25 @@ def test_a_name_that_is_not_resolved(
 
 
 # --- nothing is sent once a call has been given up --------------------------------------------
+
+
+def test_the_kernel_does_not_send_on(cli: InProcess, serve: Serve) -> None:
+    """What it had taken of a request, and the server did not, goes nowhere any more."""
+    given_up = threading.Event()
+
+    def script(connection: Connection) -> None:
+        given_up.wait(LIMIT)
+        try:
+            connection.read_request()  # which counts a whole one
+        finally:
+            connection.server.left.set()
+
+    server = serve(script, receive_buffer=4096)
+    result = cli("--timeout", "300ms", "run", "--", "x" * 100_000, "x" * 100_000, at=server)
+    check_failure(result, 125, "no whole answer within 0.3 s")
+    given_up.set()
+    assert server.left.wait(LIMIT)
+    assert server.requests == []
 
 
 def test_a_call_that_was_given_up_says_no_more(cli: InProcess, serve: Serve) -> None:

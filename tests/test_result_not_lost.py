@@ -506,6 +506,21 @@ def test_a_file_that_is_mounted(
     assert source.read_bytes() == as_json(document)
 
 
+# Of inodes there is one for the folder, for each of the files, and none for another.
+SAME_DISK = """
+mount -t tmpfs -o size=9M,nr_inodes=3 none "$PWD" && cd "$PWD" || exit 98
+touch out "a source" && mount --bind "a source" out && "$@"
+code=$?; cat "a source" >&2; exit $code"""
+
+
+def test_a_file_that_is_mounted_from_its_own_disk(program: Program, api: Api) -> None:
+    """Where that has no inode left, it may still have room."""
+    skip_if(why_no_namespace())
+    mounted = wrapped(program, SAME_DISK, *namespace_command())
+    result = mounted("-o", "out", *RUN, at=api.answers(RESULT))
+    assert result[:3] == (0, b"", PRINTED)
+
+
 def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
     """Promise 3.6: nothing is proved, nothing is touched; a new file: test_command_line.py."""
     make_output("old", folder)
@@ -856,21 +871,57 @@ def test_a_quota_that_is_exceeded(
     check_saved(result, RESULT, "fifo", errno.EPIPE)
 
 
-def test_a_disk_that_fails_as_a_file_is_made(
-    cli: InProcess, api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EIO, errno.EOVERFLOW], ids=["fails", "refuses"])
+def test_a_disk_that_makes_no_file(
+    number: int, cli: InProcess, api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old file is not overwritten for that: this might fail as well, amid the result."""
+    """Overwriting might fail as well, amid the result; but not where an id has no number there."""
     open_as_usual = os.open
 
     def fail(path: Any, flags: int, mode: int = 0o777) -> int:
         if ".bus-containers" in str(path):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(number, os.strerror(number))
         return open_as_usual(path, flags, mode)
 
     make_output("old", folder)
     monkeypatch.setattr(os, "open", fail)
-    check_saved(cli("-o", "out", *RUN, at=api.answers(RESULT)), RESULT, "out", errno.EIO)
-    assert tree(folder) == {"out": OLD}
+    result = cli("-o", "out", *RUN, at=api.answers(RESULT))
+    if number == errno.EIO:
+        check_saved(result, RESULT, "out", errno.EIO)
+        assert tree(folder) == {"out": OLD}
+    else:
+        assert result[:3] == (0, b"", b"")
+        assert tree(folder) == {"out": PRINTED}
+
+
+# What a disk says that fills up when a new name is to be stored, as the last step.
+LATE = r"""
+#include <errno.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static int is_renamed;
+int rename(const char *from, const char *to) {
+    is_renamed = 1;
+    return syscall(SYS_renameat2, -100, from, -100, to, 0);
+}
+int fsync(int fd) {
+    errno = EIO;
+    return is_renamed ? -1 : (int)syscall(SYS_fsync, fd);
+}
+"""
+
+
+def test_a_name_that_cannot_be_stored(
+    program: Program, api: Api, folder: Path, tmp_path: Path
+) -> None:
+    """Else a power cut would bring the old file back, or none, after an exit code of 0."""
+    env = preloaded(tmp_path, LATE)
+    for state in ("old", "new"):
+        make_output(state, folder)
+        result = program("-o", "out", *RUN, at=api.answers(RESULT), env=env)
+        check_saved(result, RESULT, "out", errno.EIO)
+        assert tree(folder) == {"out": PRINTED}
+        (folder / "out").unlink()
 
 
 # An open file looks like a block device, whose end is not where a message goes, and which cannot be

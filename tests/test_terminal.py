@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -435,6 +436,42 @@ def test_a_message_waits_for_the_reader_of_an_almost_full_terminal(
         cli("--no-color", "no-command", stderr=end)
         late_reader.join(LIMIT)
         assert shown.lstrip(b"x") == cli("no-command").err.replace(b"\n", b"\r\n")
+
+
+# Runs a command as a shell's job in the background of a terminal that stops whoever writes there.
+BACKGROUND = """
+import os, pty, sys, termios
+child, terminal = pty.fork()
+if not child:
+    modes = termios.tcgetattr(0)
+    modes[3] |= termios.TOSTOP
+    termios.tcsetattr(0, termios.TCSANOW, modes)
+    job = os.fork()
+    if not job:
+        os.setpgid(0, 0)
+        os.execv(sys.argv[1], sys.argv[1:])
+    _, status = os.waitpid(job, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        os.kill(job, 9)
+    os._exit(99 if os.WIFSTOPPED(status) else os.WEXITSTATUS(status))
+try:
+    while os.read(terminal, 65536):
+        pass
+except OSError:
+    pass
+_, status = os.waitpid(child, 0)
+sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def test_a_message_does_not_stop_a_job_in_the_background(
+    program: Program, api: Api, tmp_path: Path
+) -> None:
+    """Its result was paid for, and would be lost where it is stopped past the deadline."""
+    command = [sys.executable, "-c", BACKGROUND, *program.command]
+    job = Program(command, program.home, tmp_path)
+    assert job("-v", "-o", "out", *RUN, at=api.answers(RESULT)).code == 0
+    assert (tmp_path / "out").read_bytes() == as_json(RESULT)
 
 
 def test_a_message_to_the_other_end_of_a_terminal(cli: InProcess) -> None:

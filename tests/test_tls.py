@@ -190,7 +190,7 @@ UNUSABLE = "holds no certificate that can be used"
 LOOP = "cannot be read: Too many levels of symbolic links"
 # Why a CA's file, or folder, cannot be used, and how its path is made of the text of a good one.
 BAD_CAS: dict[str, tuple[str, Callable[[Path, str], object]]] = {
-    "missing": ("does not exist", lambda path, pem: None),
+    "missing": ("cannot be read: No such file or directory", lambda path, pem: None),
     "directory": ("cannot be read: Is a directory", lambda path, pem: path.mkdir()),
     "loop": (LOOP, lambda path, pem: path.symlink_to(path)),
     "empty": ("is empty", lambda path, pem: path.touch()),
@@ -200,7 +200,7 @@ BAD_CAS: dict[str, tuple[str, Callable[[Path, str], object]]] = {
     "another": (UNUSABLE, lambda path, pem: path.write_text(pem.replace("CERTIFICATE", "X"))),
     "cut": (UNUSABLE, lambda path, pem: path.write_text(pem[:300])),
     "damaged": (UNUSABLE, lambda path, pem: path.write_text(pem.replace(pem[40:60], 20 * "x"))),
-    "folder-missing": ("does not exist", lambda path, pem: None),
+    "folder-missing": ("cannot be read: No such file or directory", lambda path, pem: None),
     "folder-file": ("cannot be read: Not a directory", lambda path, pem: path.touch()),
     "folder-empty": ("is empty", lambda path, pem: path.mkdir()),
 }
