@@ -1159,8 +1159,7 @@ class _Attempt(io.RawIOBase):
 
     def _through_tls(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Repeat an operation of TLS until it ends. Send what it makes, and feed it what comes."""
-        # OpenSSL does not get the socket. It would read on, deaf to the deadline and to signals,
-        # for as long as a server sends messages that it skips, such as HelloRequest or tickets.
+        # OpenSSL does not get the socket: it would read what it skips for ever, deaf to deadlines.
         import ssl
         while True:
             failure: Any = None
@@ -1578,8 +1577,7 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
 
 def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
     """Return whether a server refused a missing client certificate, and so read no request."""
-    # A server of TLS 1.3 does so when the request is already on its way. A byte of an answer or a
-    # session ticket would show that it had accepted the handshake.
+    # With TLS 1.3 the request is on its way by then. Data or a ticket would say that it is taken.
     is_refusal = getattr(failure, "reason", "") == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     if not is_refusal or attempt.tls_version != "TLSv1.3" or attempt.received_bytes:
         return False
@@ -1613,9 +1611,7 @@ def _problem_of_ca(path: str, is_file: bool) -> str:
     except ssl.SSLError:
         if not data:
             return "is empty"
-        if b"-----BEGIN" not in data:
-            return "is not PEM"
-        return "holds no certificate that can be used"
+        return "holds no certificate in PEM that can be used"
     except (OSError, ValueError) as error:
         _let_through(error)
         return f"cannot be read: {_reason_of(error)}"
@@ -1978,8 +1974,7 @@ def _opencli_command(command: str, row: _Command) -> Document:
 # ---- Scanner and parser: argv to a command, its options and its words ---------------------------
 
 def _scan(argv: Sequence[str]) -> tuple[str | None, _Options, list[str]]:
-    # argparse does not see argv, only the options that are spelled out here: it has its own way
-    # with `--` and with values that start with a dash, and another one in each version.
+    # argparse gets the options spelled out, as each version has its own way with `--` and `-1`.
     command = None
     options: list[tuple[str, str | None]] = []
     words: list[str] = []
@@ -2155,7 +2150,7 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
                     _let_through(error)
                     _is_writable(descriptor, _TICK_SECONDS)
                     time.sleep(_NO_ROOM_SECONDS)
-    if stat.S_IFMT(os.fstat(descriptor).st_mode) in (stat.S_IFREG, stat.S_IFBLK):
+    if stat.S_IFMT(os.fstat(descriptor).st_mode) in (stat.S_IFREG, stat.S_IFBLK, stat.S_IFDIR):
         import errno
         copy: Any = None
         for call in (os.fsync, os.dup):
@@ -2671,10 +2666,15 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         refusals = _REFUSALS
         os.replace(temporary, target)
         refusals = ""
-        if os.access(target, os.W_OK):  # else there is no way to have its new name stored
-            descriptor = os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
-            with open(descriptor, "wb", buffering=0):
-                _write_all(descriptor, [])
+        try:
+            folder = os.open(os.path.dirname(target) or ".", os.O_RDONLY)
+        except OSError as failure:  # it may be written to, but not read; or this is Windows
+            _let_through(failure)
+            return True
+        try:
+            _write_all(folder, [])  # nothing, but the new name is stored
+        finally:
+            os.close(folder)
         return True
     except OSError as error:
         _let_through(error)

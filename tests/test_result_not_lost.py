@@ -924,6 +924,22 @@ def test_a_name_that_cannot_be_stored(
         (folder / "out").unlink()
 
 
+def test_a_folder_in_the_place_of_a_result_that_was_taken_away(
+    cli: InProcess, api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a folder that somebody watches. It was there, so nothing has failed."""
+    replace = os.replace
+
+    def take(source: str, target: str) -> None:
+        replace(source, target)
+        os.unlink(target)
+        os.mkdir(target)
+
+    monkeypatch.setattr(os, "replace", take)
+    assert cli("-o", "out", *RUN, at=api.answers(RESULT))[:3] == (0, b"", b"")
+    assert os.listdir(folder) == ["out"]
+
+
 # An open file looks like a block device, whose end is not where a message goes, and which cannot be
 # synced. The last two are what older C libraries call.
 DEVICE = r"""

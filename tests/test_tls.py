@@ -186,7 +186,7 @@ def test_a_certificate_that_is_not_trusted(
     assert (server.requests, server.connections) == ([], 2)
 
 
-UNUSABLE = "holds no certificate that can be used"
+UNUSABLE = "holds no certificate in PEM that can be used"
 LOOP = "cannot be read: Too many levels of symbolic links"
 # Why a CA's file, or folder, cannot be used, and how its path is made of the text of a good one.
 BAD_CAS: dict[str, tuple[str, Callable[[Path, str], object]]] = {
@@ -194,9 +194,9 @@ BAD_CAS: dict[str, tuple[str, Callable[[Path, str], object]]] = {
     "directory": ("cannot be read: Is a directory", lambda path, pem: path.mkdir()),
     "loop": (LOOP, lambda path, pem: path.symlink_to(path)),
     "empty": ("is empty", lambda path, pem: path.touch()),
-    "der": ("is not PEM", lambda path, pem: path.write_bytes(ssl.PEM_cert_to_DER_cert(pem))),
-    "utf-16": ("is not PEM", lambda path, pem: path.write_text(pem, "utf-16")),
-    "text": ("is not PEM", lambda path, pem: path.write_text("# the CA goes here\n")),
+    "der": (UNUSABLE, lambda path, pem: path.write_bytes(ssl.PEM_cert_to_DER_cert(pem))),
+    "utf-16": (UNUSABLE, lambda path, pem: path.write_text(pem, "utf-16")),
+    "text": (UNUSABLE, lambda path, pem: path.write_text("# the CA goes here\n")),
     "another": (UNUSABLE, lambda path, pem: path.write_text(pem.replace("CERTIFICATE", "X"))),
     "cut": (UNUSABLE, lambda path, pem: path.write_text(pem[:300])),
     "damaged": (UNUSABLE, lambda path, pem: path.write_text(pem.replace(pem[40:60], 20 * "x"))),
