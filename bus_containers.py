@@ -1159,7 +1159,8 @@ class _Attempt(io.RawIOBase):
 
     def _through_tls(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Repeat an operation of TLS until it ends. Send what it makes, and feed it what comes."""
-        # OpenSSL does not get the socket: it would read what it skips for ever, deaf to deadlines.
+        # OpenSSL does not get the socket. It would read on, deaf to the deadline and to signals,
+        # for as long as a server sends messages that it skips, such as HelloRequest or tickets.
         import ssl
         while True:
             failure: Any = None
@@ -1577,7 +1578,8 @@ def _error_of_tls(attempt: _Attempt, failure: Any, reason: str) -> BusContainers
 
 def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
     """Return whether a server refused a missing client certificate, and so read no request."""
-    # With TLS 1.3 the request is on its way by then. Data or a ticket would say that it is taken.
+    # A server of TLS 1.3 does so when the request is already on its way. A byte of an answer or a
+    # session ticket would show that it had accepted the handshake.
     is_refusal = getattr(failure, "reason", "") == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
     if not is_refusal or attempt.tls_version != "TLSv1.3" or attempt.received_bytes:
         return False
@@ -1600,17 +1602,13 @@ def _certificate_advice(environ: Mapping[str, str]) -> str:
 
 def _problem_of_ca(path: str, is_file: bool) -> str:
     import ssl
-    data = b""
     try:
         if is_file:
-            with open(path, "rb") as file:
-                data = file.read()
+            open(path, "rb").close()  # its reason is a better one
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
         elif os.pathsep not in path and not os.listdir(path):
             return "is empty"
     except ssl.SSLError:
-        if not data:
-            return "is empty"
         return "holds no certificate in PEM that can be used"
     except (OSError, ValueError) as error:
         _let_through(error)
@@ -1960,6 +1958,7 @@ def _opencli_command(command: str, row: _Command) -> Document:
             "name": name, "aliases": short.split(), "description": text, "valueName": value,
             "required": False, "repeatable": name == "--verbose", "default": default,
         })
+    # Go programs read a code as an integer. The container's own has no number.
     codes = [(int(code), text) for code, text in _exit_codes_of(command) if code.isdigit()]
     return {
         "name": command, "summary": row.summary,
@@ -1974,7 +1973,8 @@ def _opencli_command(command: str, row: _Command) -> Document:
 # ---- Scanner and parser: argv to a command, its options and its words ---------------------------
 
 def _scan(argv: Sequence[str]) -> tuple[str | None, _Options, list[str]]:
-    # argparse gets the options spelled out, as each version has its own way with `--` and `-1`.
+    # argparse does not see argv, only the options that are spelled out here: it has its own way
+    # with `--` and with values that start with a dash, and another one in each version.
     command = None
     options: list[tuple[str, str | None]] = []
     words: list[str] = []
@@ -2511,7 +2511,7 @@ class _Result:
         self._path = None if path == "-" else path
         # What is overwritten in place, held from the check on: a FIFO's reader may not come twice.
         self._held: int | None = None
-        self._is_file = self._path is not None
+        self._is_file = self._path is not None  # else its reader may leave, as `| head` does
         try:
             if not self._path:
                 if getattr(sys.stdout, "closed", sys.stdout is None):

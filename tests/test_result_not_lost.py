@@ -875,7 +875,7 @@ def test_a_quota_that_is_exceeded(
 def test_a_disk_that_makes_no_file(
     number: int, cli: InProcess, api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Overwriting might fail as well, amid the result; but not where an id has no number there."""
+    """Overwriting might fail as well, amid the result. An idmapped mount refuses new files only."""
     open_as_usual = os.open
 
     def fail(path: Any, flags: int, mode: int = 0o777) -> int:

@@ -193,7 +193,7 @@ BAD_CAS: dict[str, tuple[str, Callable[[Path, str], object]]] = {
     "missing": ("cannot be read: No such file or directory", lambda path, pem: None),
     "directory": ("cannot be read: Is a directory", lambda path, pem: path.mkdir()),
     "loop": (LOOP, lambda path, pem: path.symlink_to(path)),
-    "empty": ("is empty", lambda path, pem: path.touch()),
+    "empty": (UNUSABLE, lambda path, pem: path.touch()),
     "der": (UNUSABLE, lambda path, pem: path.write_bytes(ssl.PEM_cert_to_DER_cert(pem))),
     "utf-16": (UNUSABLE, lambda path, pem: path.write_text(pem, "utf-16")),
     "text": (UNUSABLE, lambda path, pem: path.write_text("# the CA goes here\n")),
