@@ -421,30 +421,24 @@ def _run_request(
     command: Sequence[str], profile: str | None, image: str | None, timeout_seconds: int | None
 ) -> Document:
     # The command line calls this as well, to report what is wrong before it looks for a token.
-    if profile is not None and image is not None:
-        raise ConfigError("`profile` and `image` exclude each other")
-    target = {"profile": _DEFAULT_PROFILE if profile is None else profile}
+    name, value = "profile", _DEFAULT_PROFILE if profile is None else profile
+    key = "args"  # so the API names the words of a command in a profile
     if image is not None:
-        target = {"image": image}
-    for name, value in target.items():
-        if not _text(target, name):
-            raise ConfigError(f"`{name}` {value!r} is not a name")
-    if not _is_list_of_words(command):
+        if profile is not None:
+            raise ConfigError("`profile` and `image` exclude each other")
+        name, value, key = "image", image, "command"
+    if not _text({name: value}, name):
+        raise ConfigError(f"`{name}` {value!r} is not a name")
+    # A text would be a sequence of words of one letter each; an iterator could be read only once.
+    is_list = isinstance(command, Sequence) and not isinstance(command, (str, bytes))
+    if not is_list or len(command) == 0 or not all(isinstance(word, str) for word in command):
         raise ConfigError("`command` is not a list of words")
-    key = "args" if image is None else "command"  # the API's names
-    request: Document = {**target, key: list(command)}
+    request: Document = {name: value, key: list(command)}
     if timeout_seconds is not None:
         if type(timeout_seconds) is not int or not 0 <= timeout_seconds < _MAX_SECONDS:
             raise ConfigError(f"`timeout_seconds` {timeout_seconds!r} is not {_WHOLE_NUMBER}")
         request["timeout_seconds"] = timeout_seconds
     return request
-
-
-def _is_list_of_words(command: Any) -> bool:
-    # A text would be a sequence of words of one letter each; an iterator could be read only once.
-    if isinstance(command, (str, bytes)) or not isinstance(command, Sequence):
-        return False
-    return len(command) > 0 and all(isinstance(word, str) for word in command)
 
 
 def _run_timeout(timeout_seconds: int | None) -> float:
@@ -458,7 +452,8 @@ def _path_of(*segments: str) -> str:
     import urllib.parse
     path = _API_PATH
     for segment in segments:
-        if not isinstance(segment, str) or not segment.isprintable() or segment in ("", ".", ".."):
+        is_plain = isinstance(segment, str) and segment.isprintable() and "\ufffd" not in segment
+        if not is_plain or segment in ("", ".", ".."):
             raise ConfigError(f"{segment!r} is not a run's id", f"`{_PROGRAM} runs` lists them")
         path += f"/{urllib.parse.quote(segment, safe='')}"
     return path
@@ -955,8 +950,10 @@ def _redacted_document(value: Any, secrets: Sequence[str]) -> Any:
     return value
 
 
-# Without keep-alive a NAT forgets the idle connection of a run. macOS says TCP_KEEPALIVE.
+# Without keep-alive a NAT forgets the idle connection of a run. macOS says TCP_KEEPALIVE. Without
+# SO_LINGER the kernel would send on after a close, and a run begin that had been given up.
 _SOCKET_OPTIONS = [
+    ("SOL_SOCKET", "SO_LINGER", b"\1" + bytes(7)),  # a close resets the connection
     ("IPPROTO_TCP", "TCP_NODELAY", 1), ("SOL_SOCKET", "SO_KEEPALIVE", 1),
     ("IPPROTO_TCP", "TCP_KEEPIDLE", 30), ("IPPROTO_TCP", "TCP_KEEPALIVE", 30),
     ("IPPROTO_TCP", "TCP_KEEPINTVL", 15),
@@ -1005,11 +1002,10 @@ class _Attempt(io.RawIOBase):
             raise _error_of_failure(self, failure)
         finally:
             try:
-                if self.run_state == "unknown" and not answer:
-                    # Reset it: the kernel would send on, and a run begin that was given up.
-                    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
                 if self.sock is not None:
-                    self.sock.close()
+                    with self.sock:  # which closes it
+                        if answer or self.run_state == "not_sent":  # then a TLS alert has to arrive
+                            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
             except OSError:
                 pass  # the answer is as good, or the failure as it was
 
@@ -1023,8 +1019,8 @@ class _Attempt(io.RawIOBase):
         for level, name, value in _SOCKET_OPTIONS:
             try:
                 self.sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
-            except (AttributeError, OSError):
-                pass  # some systems do not have it or refuse it, and the connection is good without
+            except (AttributeError, OSError) as error:
+                _let_through(error)  # else the system lacks or refuses it, and all works without
         if exchange.url.scheme == "https":
             if exchange.proxy_name:
                 self._open_tunnel()
@@ -2532,7 +2528,7 @@ class _Result:
         except FileNotFoundError as error:
             _let_through(error)
             _, temporary, status = _target(path)
-            if status and stat.S_ISLNK(status.st_mode):  # one that is not followed
+            if status and not stat.S_ISREG(status.st_mode):  # a link that is not followed, say
                 raise
             try:
                 open(temporary, "xb").close()
@@ -2605,7 +2601,7 @@ def _target(path: str) -> tuple[str, str, os.stat_result | None]:
             _let_through(error)
             status = None
             break
-    name = f".{_PROGRAM}.{os.urandom(8).hex()}.tmp"
+    name = f".{_PROGRAM}.{os.getpid()}.{time.perf_counter_ns()}.tmp"
     return path, os.path.join(os.path.dirname(path), name), status
 
 
@@ -2632,11 +2628,15 @@ def _is_shared(status: os.stat_result) -> bool:
 
 def _is_mounted(path: str) -> bool:
     """Return whether a file is mounted from elsewhere, so that its own disk may have room."""
+    mounts = []
     try:
-        place = os.fsencode(os.path.realpath(path)).replace(b" ", rb"\040")
-        with open("/proc/self/mountinfo", "rb") as file:
-            return any(line.split(b" ")[4] == place for line in file)
-    except OSError as error:  # this is not Linux, say
+        for place in (path, os.path.dirname(path) or "."):
+            descriptor = os.open(place, os.O_PATH)
+            with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
+                mounts.append(file.readlines()[2:3])  # mnt_id: st_dev differs in an overlay, too
+            os.close(descriptor)
+        return mounts[0] != mounts[1]
+    except (AttributeError, OSError) as error:  # this is not Linux, say
         _let_through(error)
         return False
 

@@ -311,7 +311,7 @@ TOLD: dict[tuple[str, ...], str] = {
     ("delete", "--", "run-1", ""): f"'' {NO_ID}",
     **{
         ("delete", f"run{control}1"): f"{f'run{control}1'!r} {NO_ID}"
-        for control in "\0\n\x1b\x7f\x80\x9b"
+        for control in "\0\n\x1b\x7f\x80\x9b\ufffd"  # the last stands for what is not UTF-8
     },
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,20 +178,54 @@ def test_a_name_that_is_not_resolved(
 # --- nothing is sent once a call has been given up --------------------------------------------
 
 
-def test_the_kernel_does_not_send_on(cli: InProcess, serve: Serve) -> None:
-    """What it had taken of a request, and the server did not, goes nowhere any more."""
-    given_up = threading.Event()
+def read_late(given_up: threading.Event) -> Script:
+    """Read the request when the client has given up, and count it if it is whole."""
 
     def script(connection: Connection) -> None:
         given_up.wait(LIMIT)
         try:
-            connection.read_request()  # which counts a whole one
+            connection.read_request()
         finally:
             connection.server.left.set()
 
-    server = serve(script, receive_buffer=4096)
+    return script
+
+
+def test_the_kernel_does_not_send_on(cli: InProcess, serve: Serve) -> None:
+    """What it had taken of a request, and the server did not, goes nowhere any more."""
+    given_up = threading.Event()
+    server = serve(read_late(given_up), receive_buffer=4096)
     result = cli("--timeout", "300ms", "run", "--", "x" * 100_000, "x" * 100_000, at=server)
     check_failure(result, 125, "no whole answer within 0.3 s")
+    given_up.set()
+    assert server.left.wait(LIMIT)
+    assert server.requests == []
+
+
+def bytes_on_their_way(port: int) -> int:
+    """What the kernel holds of the connections of a port, in both directions."""
+    total = 0
+    for row in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, sizes, *_ = row.split()
+        if f":{port:04X}" in (local[-5:], remote[-5:]):
+            total += sum(int(size, 16) for size in sizes.split(":"))
+    return total
+
+
+def test_the_kernel_does_not_send_on_for_a_process_that_was_killed(
+    program: Program, serve: Serve
+) -> None:
+    """So no signal can come too early for that, between a deadline and a close."""
+    skip_if("" if sys.platform == "linux" else "what is on its way is read from /proc")
+    given_up = threading.Event()
+    server = serve(read_late(given_up), receive_buffer=4096)
+    with program.start("run", "--", "x" * 100_000, "x" * 100_000, at=server) as process:
+        end = time.monotonic() + LIMIT
+        while bytes_on_their_way(server.port) < 200_000:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        process.kill()
+        process.communicate(timeout=LIMIT)
     given_up.set()
     assert server.left.wait(LIMIT)
     assert server.requests == []

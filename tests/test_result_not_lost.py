@@ -506,9 +506,10 @@ def test_a_file_that_is_mounted(
     assert source.read_bytes() == as_json(document)
 
 
-# Of inodes there is one for the folder, for each of the files, and none for another.
+# Of inodes there is one for each of the folders, for each of the files, and none for another. That
+# folder is written otherwise where the kernel lists what is mounted.
 SAME_DISK = """
-mount -t tmpfs -o size=9M,nr_inodes=3 none "$PWD" && cd "$PWD" || exit 98
+mount -t tmpfs -o size=9M,nr_inodes=4 none "$PWD" && cd "$PWD" && mkdir 'a\\b' && cd a* || exit 98
 touch out "a source" && mount --bind "a source" out && "$@"
 code=$?; cat "a source" >&2; exit $code"""
 
@@ -519,6 +520,22 @@ def test_a_file_that_is_mounted_from_its_own_disk(program: Program, api: Api) ->
     mounted = wrapped(program, SAME_DISK, *namespace_command())
     result = mounted("-o", "out", *RUN, at=api.answers(RESULT))
     assert result[:3] == (0, b"", PRINTED)
+
+
+# What is mounted on the file is hidden by a disk on its folder, which is too small for the result.
+COVERED = """
+mkdir a && touch a/out source && mount --bind source a/out || exit 98
+mount -t tmpfs -o size=64k none a && cd a && printf old >out && "$@"
+code=$?; cat out >&2; exit $code"""
+
+
+def test_a_file_that_was_mounted_on(program: Program, api: Api) -> None:
+    skip_if(why_no_namespace())
+    document = big(300_000)
+    covered = wrapped(program, COVERED, *namespace_command())
+    result = covered("-o", "out", *RUN, at=api.answers(document))
+    assert result.err.endswith(b"\nold")
+    check_saved(result._replace(err=result.err[:-3]), document, "out", errno.ENOSPC, 125)
 
 
 def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
@@ -892,6 +909,20 @@ def test_a_disk_that_makes_no_file(
     else:
         assert result[:3] == (0, b"", b"")
         assert tree(folder) == {"out": PRINTED}
+
+
+def test_a_machine_without_randomness(
+    cli: InProcess, api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a root folder without /dev, under a filter of system calls from before getrandom."""
+
+    def fail(size: int) -> bytes:
+        raise NotImplementedError("/dev/urandom (or equivalent) not found")
+
+    make_output("old", folder)
+    monkeypatch.setattr(os, "urandom", fail)
+    assert cli("-o", "out", *RUN, at=api.answers(RESULT))[:3] == (0, b"", b"")
+    assert tree(folder) == {"out": PRINTED}
 
 
 # What a disk says that fills up when a new name is to be stored, as the last step.
