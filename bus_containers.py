@@ -96,6 +96,7 @@ _LAST_WORDS = f"{_PROGRAM}: out of memory, or worse; if this was `run`, {_RUN_AD
 _TLS_BYTES = 64 * 1024  # OpenSSL gets no more at a time, as it looks at no deadline meanwhile
 _IO_BYTES = 1024 * 1024  # large bodies and results are moved in pieces of this size
 _PIPE_BYTES = 4096 if sys.platform == "linux" else 512  # a writable pipe takes them at once
+_O_PATH = getattr(os, "O_PATH", os.O_RDONLY)  # Linux's, which needs no permission to read
 _NO_ROOM_SECONDS = 0.001  # until another look at a terminal that has room, but not enough
 # How a folder or a file system refuses a new file, its mode or its new name, but for want of room.
 _REFUSALS = "EACCES EBUSY EINVAL ENAMETOOLONG ENOSYS ENOTSUP EOPNOTSUPP EOVERFLOW EPERM EROFS EXDEV"
@@ -235,7 +236,6 @@ class _ReaderLeftError(_OutputError):
 class _Interrupted(KeyboardInterrupt):
     """A signal ended a call. It carries the shell's exit code."""
     def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
         self.exit_code = exit_code
 
 
@@ -353,9 +353,8 @@ class Client:
     def runs(self) -> Document:
         """Return `{"items": [...]}`, the account's runs, from `/status` if there is no `/runs`."""
         exchange = _Exchange(self, "GET", "runs")
-        document: Any
         try:
-            document = exchange.fetch((dict, list))
+            document: Any = exchange.fetch((dict, list))
         except ApiError as error:
             if error.status not in (404, 405):
                 raise
@@ -394,8 +393,7 @@ class Client:
             document = {}
         if not document:  # 204, {} or the 404 above: all of them mean that it is gone
             return {"deleted": True, "run_id": run_id}
-        is_this_run = document.get("run_id", run_id) == run_id
-        if document.get("deleted") is not True or not is_this_run:
+        if document.get("deleted") is not True or document.get("run_id", run_id) != run_id:
             text = f"the answer does not say that the run {run_id} is deleted"
             raise exchange.error(ProtocolError, text)
         return {**document, "run_id": run_id}
@@ -907,7 +905,7 @@ class _Exchange:
         return error_class(f"{self.where}: {reason}", advice, retryable=retryable)
 
     def quote(self, text: str) -> str:
-        return _shown(text, self.secrets)
+        return _shown(text.replace(f"{_NOT_OF_EMAIL}/", "/"), self.secrets)
 
 
 def _pause(seconds: float, check: Callable[[], object]) -> None:
@@ -950,10 +948,8 @@ def _redacted_document(value: Any, secrets: Sequence[str]) -> Any:
     return value
 
 
-# Without keep-alive a NAT forgets the idle connection of a run. macOS says TCP_KEEPALIVE. Without
-# SO_LINGER the kernel would send on after a close, and a run begin that had been given up.
+# Without keep-alive a NAT forgets the idle connection of a run. macOS says TCP_KEEPALIVE.
 _SOCKET_OPTIONS = [
-    ("SOL_SOCKET", "SO_LINGER", b"\1" + bytes(7)),  # a close resets the connection
     ("IPPROTO_TCP", "TCP_NODELAY", 1), ("SOL_SOCKET", "SO_KEEPALIVE", 1),
     ("IPPROTO_TCP", "TCP_KEEPIDLE", 30), ("IPPROTO_TCP", "TCP_KEEPALIVE", 30),
     ("IPPROTO_TCP", "TCP_KEEPINTVL", 15),
@@ -981,50 +977,41 @@ class _Attempt(io.RawIOBase):
 
     def perform(self, shape: Any) -> Any:
         """Connect, send the request; return the answer's document. Raises BusContainersError."""
+        import contextlib
         import http.client
-        import socket
         import urllib.error
-        answer: Any = None
         try:
-            try:
-                self._connect()
+            # Twice, so that it is closed even if a signal comes amid the first time.
+            with contextlib.closing(self._connect()) as self.sock, self.sock:
+                if self.exchange.url.scheme == "https":
+                    if self.exchange.proxy_name:
+                        self._open_tunnel()
+                    self._start_tls()
                 answer = self._converse()
-                return _usable_document(self.exchange, shape, *answer)
-            except (BusContainersError, KeyboardInterrupt) as error:
-                raise error.with_traceback(None) from None  # http.client's frames hold the token
-            except urllib.error.URLError as error:  # which wraps what fails while it sends
-                _let_through(error)
-                failure: Any = error.reason
-            except (OSError, http.client.HTTPException, MemoryError) as error:
-                failure = error
-            # Not in the handler: http.client's error, which may quote the token, would be context.
-            _let_through(failure)
-            raise _error_of_failure(self, failure)
-        finally:
-            try:
-                if self.sock is not None:
-                    with self.sock:  # which closes it
-                        if answer or self.run_state == "not_sent":  # then a TLS alert has to arrive
-                            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
-            except OSError:
-                pass  # the answer is as good, or the failure as it was
+            return _usable_document(self.exchange, shape, *answer)
+        except (BusContainersError, KeyboardInterrupt) as error:
+            raise error.with_traceback(None) from None  # http.client's frames hold the token
+        except urllib.error.URLError as error:  # which wraps what fails while it sends
+            _let_through(error)
+            failure: Any = error.reason
+        except (OSError, http.client.HTTPException, MemoryError) as error:
+            failure = error
+        # Not in the handler: http.client's error, which may quote the token, would be context.
+        _let_through(failure)
+        raise _error_of_failure(self, failure)
 
-    def _connect(self) -> None:
+    def _connect(self) -> Any:
         import socket
-        exchange = self.exchange
-        port = exchange.peer.port or _DEFAULT_PORTS[exchange.peer.scheme]
-        addresses = self._look_up(exchange.peer.hostname or "", port)
-        self.sock = self._connect_to_first(addresses)
+        peer = self.exchange.peer
+        addresses = self._look_up(peer.hostname or "", peer.port or _DEFAULT_PORTS[peer.scheme])
+        sock = self._connect_to_first(addresses)
         self.flags = getattr(socket, "MSG_NOSIGNAL", 0)  # SIGPIPE might end a host program
         for level, name, value in _SOCKET_OPTIONS:
             try:
-                self.sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
+                sock.setsockopt(getattr(socket, level), getattr(socket, name), value)
             except (AttributeError, OSError) as error:
                 _let_through(error)  # else the system lacks or refuses it, and all works without
-        if exchange.url.scheme == "https":
-            if exchange.proxy_name:
-                self._open_tunnel()
-            self._start_tls()
+        return sock
 
     # A look-up cannot be interrupted, so it gets a thread that may be left behind. Where there can
     # be none (at the interpreter's end, in a subinterpreter, under a limit), no deadline ends it.
@@ -1206,6 +1193,7 @@ class _Attempt(io.RawIOBase):
 
     def _converse(self) -> tuple[http.client.HTTPResponse, bytearray]:
         import http.client
+        import socket
         import urllib.request
         exchange = self.exchange
         def reuse_connection(_host: str, **_: object) -> http.client.HTTPConnection:
@@ -1216,6 +1204,9 @@ class _Attempt(io.RawIOBase):
             connection.sock = self
             return connection
         start = time.monotonic()
+        # From now on a close resets the connection, whatever leads to it: else the kernel would
+        # send on, and a run begin that had been given up. A TLS alert before that has to arrive.
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.enter_state("unknown")  # from now on a byte of the request may have left
         # No opener, which would follow redirects. The debug level, a host's, prints the token.
         handler = urllib.request.HTTPHandler(debuglevel=0)
@@ -1226,6 +1217,12 @@ class _Attempt(io.RawIOBase):
             if 300 <= response.status < 500:
                 self.enter_state("refused")
             body = self._read_body(response)
+        try:
+            if response.status < 300:  # else a server may have answered what it has not read yet
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\0\0\0\0\0\0\0\0")
+            self.sock.close()
+        except OSError as error:
+            _let_through(error)  # the answer is as good
         took = f"{len(body):,} bytes, {time.monotonic() - start:.3f} s"
         exchange.observer.explain(f"{exchange.where}: {response.status}, {took}")
         return response, body
@@ -1242,7 +1239,7 @@ class _Attempt(io.RawIOBase):
         self.may_be_done = is_good and self.run_state == "unknown"
         lines = [f"{response.status} {response.reason}"]
         for name, text in response.getheaders():
-            lines.append(f"{name}: {text.replace(_NOT_OF_EMAIL, '')}")
+            lines.append(f"{name}: {text}")
         self.exchange.observer.show_headers("<", map(self.exchange.quote, lines))
 
     def _read_body(self, response: Any) -> bytearray:
@@ -1252,7 +1249,7 @@ class _Attempt(io.RawIOBase):
         body = bytearray()
         try:
             lengths = set(response.headers.get_all("Content-Length", []))
-            if len(lengths) > 1 or not re.fullmatch("[0-9]{0,18}", "".join(lengths).strip()):
+            if not re.fullmatch("[0-9]{0,18}", ",".join(lengths).strip()):  # or if they differ
                 raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
             while piece := response.read(_IO_BYTES):
                 body += piece
@@ -2168,17 +2165,17 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
         return b""
     # Opened anew, not to wait. Else write(2) would, for a terminal that is almost full, and a pipe
     # that another process has just filled. The flag of this descriptor is that of all who have it.
-    place, own = "", descriptor
+    own = descriptor
     try:
-        mode = os.fstat(descriptor).st_mode
-        if os.isatty(descriptor):
-            place = os.ttyname(descriptor)
-        elif stat.S_ISFIFO(mode):
-            place = f"/dev/fd/{descriptor}"
-        elif stat.S_ISREG(mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
             os.lseek(descriptor, 0, os.SEEK_END)  # `--output` may have written to it
-        if place[-1:].isdigit():  # not /dev/tty or /dev/ptmx, which would be another one
-            own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        elif stat.S_ISFIFO(status.st_mode) or os.isatty(descriptor):
+            place = f"/dev/fd/{descriptor}"
+            if sys.platform != "linux":  # there it is no new one
+                place = os.ttyname(descriptor)
+            if status.st_rdev != os.makedev(5, 2):  # Linux's /dev/ptmx, which makes another one
+                own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (AttributeError, OSError):
         pass  # Windows, no /dev/fd, or another user's
     with open(own, "wb", buffering=0, closefd=own != descriptor) as file:
@@ -2241,7 +2238,7 @@ class _Process:
             try:
                 os.fstat(descriptor)
             except OSError:  # it is closed
-                os.open(os.sep, getattr(os, "O_PATH", os.O_RDONLY))
+                os.open(os.sep, _O_PATH)
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self.signal_number:
@@ -2601,7 +2598,8 @@ def _target(path: str) -> tuple[str, str, os.stat_result | None]:
             _let_through(error)
             status = None
             break
-    name = f".{_PROGRAM}.{os.getpid()}.{time.perf_counter_ns()}.tmp"
+    # In containers that share a folder all may have one pid, and some clocks are coarse.
+    name = f".{_PROGRAM}.{os.getpid()}.{time.perf_counter_ns()}.{id(path)}.tmp"
     return path, os.path.join(os.path.dirname(path), name), status
 
 
@@ -2631,12 +2629,14 @@ def _is_mounted(path: str) -> bool:
     mounts = []
     try:
         for place in (path, os.path.dirname(path) or "."):
-            descriptor = os.open(place, os.O_PATH)
-            with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
-                mounts.append(file.readlines()[2:3])  # mnt_id: st_dev differs in an overlay, too
-            os.close(descriptor)
+            descriptor = os.open(place, _O_PATH)
+            try:
+                with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
+                    mounts.append(file.readlines()[2:3])  # mnt_id; st_dev may differ in an overlay
+            finally:
+                os.close(descriptor)
         return mounts[0] != mounts[1]
-    except (AttributeError, OSError) as error:  # this is not Linux, say
+    except OSError as error:  # this is not Linux, say
         _let_through(error)
         return False
 

@@ -178,10 +178,11 @@ def test_a_name_that_is_not_resolved(
 # --- nothing is sent once a call has been given up --------------------------------------------
 
 
-def read_late(given_up: threading.Event) -> Script:
+def read_late(given_up: threading.Event, early: bytes = b"") -> Script:
     """Read the request when the client has given up, and count it if it is whole."""
 
     def script(connection: Connection) -> None:
+        connection.send(early)
         given_up.wait(LIMIT)
         try:
             connection.read_request()
@@ -191,15 +192,69 @@ def read_late(given_up: threading.Event) -> Script:
     return script
 
 
-def test_the_kernel_does_not_send_on(cli: InProcess, serve: Serve) -> None:
+LARGE = ["x" * 100_000, "x" * 100_000]
+# What a server, or a gateway before it, says before it has read the request, and what is told.
+EARLY = {
+    "nothing": (b"", "no whole answer within 0.3 s"),
+    "half an answer": (message(b"{", length=9), "no whole answer within 0.3 s"),
+    "half an error": (message(b"{", "429 X", length=9), "HTTP 429 X"),
+    "an error": (message(b"{}", "503 X"), "HTTP 503 X"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_the_kernel_does_not_send_on(case: str, cli: InProcess, serve: Serve) -> None:
     """What it had taken of a request, and the server did not, goes nowhere any more."""
     given_up = threading.Event()
-    server = serve(read_late(given_up), receive_buffer=4096)
-    result = cli("--timeout", "300ms", "run", "--", "x" * 100_000, "x" * 100_000, at=server)
-    check_failure(result, 125, "no whole answer within 0.3 s")
+    early, says = EARLY[case]
+    server = serve(read_late(given_up, early), receive_buffer=4096)
+    check_failure(cli("--timeout", "300ms", "run", "--", *LARGE, at=server), 125, says)
     given_up.set()
     assert server.left.wait(LIMIT)
     assert server.requests == []
+
+
+@second_tier
+def test_an_interrupt_amid_the_end_of_what_was_given_up(serve: Serve) -> None:
+    """Whoever keeps it, as the message about it does, keeps the deadline's frames by it."""
+
+    def run(wanted: int) -> tuple[str, BaseException]:
+        """Give up a run, and be interrupted at a line of its end; return where, and by what."""
+        place = ""
+        passed = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal passed, place
+            name = frame.f_code.co_name
+            is_deadline = event == "exception" and argument[0] is bus_containers.DeadlineError
+            if name in ("perform", "__exit__", "close", "_real_close") and (passed or is_deadline):
+                passed += 1
+            if passed == wanted:
+                place = f"{name}, line {frame.f_lineno}"
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            bus_containers.Client(server.url, CANARY).run(LARGE, timeout=0.1)
+        except (KeyboardInterrupt, bus_containers.DeadlineError) as error:
+            return place, error
+        finally:
+            sys.settrace(None)
+        raise AssertionError("this has an answer")
+
+    places: list[str] = []
+    while not places or places[-1]:
+        given_up = threading.Event()
+        server = serve(read_late(given_up), receive_buffer=4096)
+        place, kept = run(len(places) + 1)
+        given_up.set()
+        assert server.left.wait(LIMIT)
+        assert server.requests == [], place
+        assert isinstance(kept, KeyboardInterrupt) == bool(place)
+        places.append(place)
+    assert len({place for place in places if place.startswith("close")}) > 1
+    assert len(places) > 10
 
 
 def bytes_on_their_way(port: int) -> int:
@@ -219,7 +274,7 @@ def test_the_kernel_does_not_send_on_for_a_process_that_was_killed(
     skip_if("" if sys.platform == "linux" else "what is on its way is read from /proc")
     given_up = threading.Event()
     server = serve(read_late(given_up), receive_buffer=4096)
-    with program.start("run", "--", "x" * 100_000, "x" * 100_000, at=server) as process:
+    with program.start("run", "--", *LARGE, at=server) as process:
         end = time.monotonic() + LIMIT
         while bytes_on_their_way(server.port) < 200_000:
             assert time.monotonic() < end

@@ -32,6 +32,7 @@ from hostile import (
     answer,
     close,
     message,
+    raw,
     reset,
     silent,
     steps,
@@ -273,6 +274,17 @@ def test_a_token_that_is_escaped_where_a_number_belongs(cli: InProcess, api: Api
     api.answers({"run_id": "r", "exit_code": "s3cr3t\\/0fAnAccount"})
     told = cli(*RUN, at=api, env={"BUS_AI_TOKEN": "s3cr3t/0fAnAccount"}).error
     assert told.endswith('ended with exit code "[redacted]"')
+
+
+@pytest.mark.parametrize("token", [f"{CANARY}+message/1", f"multipart/{CANARY}"])
+def test_a_token_that_email_might_take_for_a_type(token: str, cli: InProcess) -> None:
+    """It is redacted as it came, also in a header of several lines."""
+    data = message(b"", "302 Found", f"Location:\r\n {token}", f"Retry-After:\r\n {token}")
+    with Hostile(raw(data)) as server:
+        result = cli(*RUN, at=server, env={"BUS_AI_TOKEN": token})
+    told = check_failure(result, 125, "redirected to", "Retry-After: ")
+    assert told.count("[redacted]") == 2
+    assert "\\x7f" not in told
 
 
 def test_a_token_that_begins_as_another_one_does(cli: InProcess) -> None:

@@ -538,6 +538,31 @@ def test_a_file_that_was_mounted_on(program: Program, api: Api) -> None:
     check_saved(result._replace(err=result.err[:-3]), document, "out", errno.ENOSPC, 125)
 
 
+# Nothing tells here whether the file is mounted, which is asked as its disk is too small.
+WITHOUT_PROC = """
+mount -t tmpfs -o size=64k none "$PWD" && cd "$PWD" && mount -t tmpfs none /proc || exit 98
+printf old >out && "$@"
+code=$?; cat out >&2; exit $code"""
+TWICE = """
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv.pop(1)))
+import bus_containers
+bus_containers.main()
+sys.exit(bus_containers.main())
+"""
+
+
+def test_a_host_whose_disk_is_full_twice(program: Program, api: Api) -> None:
+    """What is open in the process, and be it by us, is taken for a file of the host's."""
+    skip_if(why_no_namespace())
+    host = Program([sys.executable, "-c", TWICE, program.command[-1]], program.home, program.folder)
+    twice = wrapped(host, WITHOUT_PROC, *namespace_command())
+    result = twice("-o", "out", *RUN, at=api.answers(big(300_000)))
+    assert result.code == 125
+    assert result.err.count(b"No space left on device; the result is on standard output") == 2
+    assert result.err.endswith(b"\nold")
+
+
 def test_quiet_wins_over_output(cli: InProcess, api: Api, folder: Path) -> None:
     """Promise 3.6: nothing is proved, nothing is touched; a new file: test_command_line.py."""
     make_output("old", folder)

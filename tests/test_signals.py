@@ -254,7 +254,10 @@ def attempt(number, step=0):
             for each in signals:
                 os.kill(os.getpid(), each)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            finally:  # again, as the handler of the first may come amid the first time
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     held = [Thing()]
     reference = weakref.ref(held[0], lambda _: HalfMade(hit))
     def count(frame, event, argument):
