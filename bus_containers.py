@@ -84,6 +84,7 @@ _WAIT_PAUSE_SECONDS = 2.0  # the longest pause between two looks of `status --wa
 _MAX_RETRY_AFTER_SECONDS = 10  # the longest one that it obeys, as more would use up most waits
 _STILL_RUNNING_SECONDS = 300  # CI services end a job that is silent for ten minutes
 _PATIENCE_SECONDS = 1.0  # how long a message waits for a standard error that nobody reads
+_USABLE = (200, 201, 202, 204)  # the HTTP status of an answer that the API gives
 _MAX_ANSWER_BYTES = 1 << 30  # a server must not fill the memory
 _MAX_ERROR_BYTES = 1 << 20  # what is longer does not come from the API, and takes long to redact
 _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
@@ -370,8 +371,7 @@ class Client:
         if isinstance(document, list):
             document = {"items": document}
         if "items" not in document and "runs" in document:  # as other providers name the list
-            items = document.pop("runs")
-            document = {"items": items, **document}
+            document = {"items": document.pop("runs"), **document}
         if "items" in document and document["items"] is None:  # Go's empty list
             document["items"] = []
         if not isinstance(document.get("items"), list):
@@ -979,6 +979,7 @@ class _Attempt(io.RawIOBase):
         """Connect, send the request; return the answer's document. Raises BusContainersError."""
         import contextlib
         import http.client
+        import socket
         import urllib.error
         try:
             # Twice, so that it is closed even if a signal comes amid the first time.
@@ -987,8 +988,13 @@ class _Attempt(io.RawIOBase):
                     if self.exchange.proxy_name:
                         self._open_tunnel()
                     self._start_tls()
-                answer = self._converse()
-            return _usable_document(self.exchange, shape, *answer)
+                document = _usable_document(self.exchange, shape, *self._converse())
+                try:
+                    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\0\0\0\0\0\0\0\0")
+                    self.sock.close()
+                except OSError as error:
+                    _let_through(error)  # the answer is as good
+            return document
         except (BusContainersError, KeyboardInterrupt) as error:
             raise error.with_traceback(None) from None  # http.client's frames hold the token
         except urllib.error.URLError as error:  # which wraps what fails while it sends
@@ -1204,8 +1210,8 @@ class _Attempt(io.RawIOBase):
             connection.sock = self
             return connection
         start = time.monotonic()
-        # From now on a close resets the connection, whatever leads to it: else the kernel would
-        # send on, and a run begin that had been given up. A TLS alert before that has to arrive.
+        # From now on all but a good end resets the connection: else the kernel would send on, and
+        # a run begin that had been given up. A TLS alert, which comes before that, has to arrive.
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.enter_state("unknown")  # from now on a byte of the request may have left
         # No opener, which would follow redirects. The debug level, a host's, prints the token.
@@ -1217,12 +1223,6 @@ class _Attempt(io.RawIOBase):
             if 300 <= response.status < 500:
                 self.enter_state("refused")
             body = self._read_body(response)
-        try:
-            if response.status < 300:  # else a server may have answered what it has not read yet
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\0\0\0\0\0\0\0\0")
-            self.sock.close()
-        except OSError as error:
-            _let_through(error)  # the answer is as good
         took = f"{len(body):,} bytes, {time.monotonic() - start:.3f} s"
         exchange.observer.explain(f"{exchange.where}: {response.status}, {took}")
         return response, body
@@ -1235,8 +1235,7 @@ class _Attempt(io.RawIOBase):
             response.begin()
         if response.fp.last_line.strip(b"\r") != b"\n":  # http.client takes an end for that, too
             raise http.client.IncompleteRead(b"")
-        is_good = response.status in (200, 201, 202, 204)
-        self.may_be_done = is_good and self.run_state == "unknown"
+        self.may_be_done = response.status in _USABLE and self.run_state == "unknown"
         lines = [f"{response.status} {response.reason}"]
         for name, text in response.getheaders():
             lines.append(f"{name}: {text}")
@@ -1364,7 +1363,7 @@ def _usable_document(exchange: _Exchange, shape: Any, answer: Any, body: bytearr
     document, problem = _parse_body(exchange, body)
     if not 200 <= answer.status < 300:
         raise _error_of_status(exchange, answer, document)
-    if answer.status not in (200, 201, 202, 204):
+    if answer.status not in _USABLE:
         problem = "the API answers with 200, 201, 202 or 204"
     elif not problem and not isinstance(document, shape):
         problem = f"the answer is of an unexpected type, {type(document).__name__}"
@@ -1447,8 +1446,7 @@ def _error_of_status(exchange: _Exchange, answer: Any, document: Any) -> ApiErro
     retry_after = answer.headers.get("retry-after", "")
     if retry_after.isascii() and retry_after.isdigit():
         error.retry_after_seconds = int(retry_after[:9])
-    advice = list(_advice_of_headers(exchange, answer, error))
-    advice.extend(_billing_facts(exchange, document))
+    advice = [*_advice_of_headers(exchange, answer, error), *_billing_facts(exchange, document)]
     if error.action:
         advice.append(f"action: {exchange.quote(error.action)}")
     if error.command:
@@ -2108,15 +2106,16 @@ def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") 
 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
-def _descriptor(stream: Any) -> int | None:
-    # A host's own object, as that of gzip, may have one to which only that object may write.
+def _descriptor(stream: Any) -> int:
+    # -1 is none: a host's own object, as that of gzip, may have one to which only it may write.
     if type(stream) is not io.TextIOWrapper:
-        return None
+        return -1
     try:
         file = getattr(stream.buffer, "raw", stream.buffer)
-        return stream.fileno() if isinstance(file, io.FileIO) else None
-    except (OSError, ValueError):  # it is closed
-        return None
+        return stream.fileno() if isinstance(file, io.FileIO) else -1
+    except (OSError, ValueError) as error:  # it is closed
+        _let_through(error)
+        return -1
 
 
 def _is_writable(descriptor: int, seconds: float) -> bool:
@@ -2160,30 +2159,31 @@ def _write_all(descriptor: int, pieces: Iterable[str]) -> None:
 def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
     """Write a message, and return what is left of it where its reader takes no part in time."""
     descriptor = _descriptor(stream)
-    if descriptor is None:
+    if descriptor < 0:
         _write_stream(stream, [data.decode()])
         return b""
     # Opened anew, not to wait. Else write(2) would, for a terminal that is almost full, and a pipe
     # that another process has just filled. The flag of this descriptor is that of all who have it.
-    own = descriptor
+    place, own, size = "", descriptor, _PIPE_BYTES
     try:
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode):
-            os.lseek(descriptor, 0, os.SEEK_END)  # `--output` may have written to it
-        elif stat.S_ISFIFO(status.st_mode) or os.isatty(descriptor):
+        mode = os.fstat(descriptor).st_mode
+        if os.isatty(descriptor):
+            size = 1  # which a terminal with room takes at once, if it cannot be opened anew
+            place = os.ttyname(descriptor)
+        elif stat.S_ISFIFO(mode):
             place = f"/dev/fd/{descriptor}"
-            if sys.platform != "linux":  # there it is no new one
-                place = os.ttyname(descriptor)
-            if status.st_rdev != os.makedev(5, 2):  # Linux's /dev/ptmx, which makes another one
-                own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    except (AttributeError, OSError):
-        pass  # Windows, no /dev/fd, or another user's
+        elif stat.S_ISREG(mode):
+            os.lseek(descriptor, 0, os.SEEK_END)  # `--output` may have written to it
+        if place[-1:].isdigit():  # not /dev/tty or /dev/ptmx, which would be another one
+            own, size = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), _PIPE_BYTES
+    except (AttributeError, OSError) as error:
+        _let_through(error)  # else it is Windows, there is no /dev/fd, or it is another user's
     with open(own, "wb", buffering=0, closefd=own != descriptor) as file:
         left = memoryview(data)
         end = time.monotonic() + seconds
         while left and _is_writable(own, seconds):
             stream.flush()  # of what others wrote
-            count = file.write(left[:_PIPE_BYTES])  # None where it would wait
+            count = file.write(left[:size])  # None where it would wait
             if count:
                 left = left[count:]
                 end = time.monotonic() + seconds
@@ -2197,7 +2197,7 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
 def _write_stream(stream: Any, pieces: Iterable[str]) -> None:
     stream.flush()  # of what others wrote, which comes first
     descriptor = _descriptor(stream)
-    if descriptor is not None:
+    if descriptor >= 0:
         _write_all(descriptor, pieces)
         return
     for piece in pieces:
@@ -2281,7 +2281,8 @@ class _Reporter(_Observer):
         self.is_verbose = self.is_tracing or "--verbose" in given
         try:
             self.is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        except (AttributeError, OSError, ValueError):  # there is none, or it is closed
+        except (AttributeError, OSError, ValueError) as error:  # there is none, or it is closed
+            _let_through(error)
             self.is_terminal = False
         colour = "never" if "--no-color" in given else given.get("--color", "auto")
         is_wanted = self.is_terminal and not os.environ.get("NO_COLOR")
@@ -2316,9 +2317,8 @@ class _Reporter(_Observer):
             self.next_seconds += _STILL_RUNNING_SECONDS
             self._write(f"{_PROGRAM}: still waiting after {line}\n", 0)
             return
-        descriptor = _descriptor(sys.stderr)
         try:
-            columns = os.get_terminal_size(-1 if descriptor is None else descriptor).columns or 80
+            columns = os.get_terminal_size(_descriptor(sys.stderr)).columns or 80
         except OSError:
             columns = 80
         # A character of two columns would wrap the line, which then could not be erased.
@@ -2422,6 +2422,7 @@ class _Reporter(_Observer):
     def fault(self, fault: BaseException, command: str | None) -> int:
         """Print an unexpected exception; --verbose adds the places, without values."""
         self.show_progress("")
+        self.tick()  # for a signal: amid an exception Python 3.9 turns a second one into this
         _let_through(fault)  # a host program's sys.exit, say
         trace = fault.__traceback__
         while trace is not None:
@@ -2510,7 +2511,7 @@ class _Result:
                 if getattr(sys.stdout, "closed", sys.stdout is None):
                     raise OSError("it is closed")
                 descriptor = _descriptor(sys.stdout)
-                if descriptor is not None:
+                if descriptor >= 0:
                     os.write(descriptor, b"")  # this fails for /dev/full, too
                     self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
             else:
@@ -2545,8 +2546,7 @@ class _Result:
         return _OutputError(f"cannot write to {place}: {_reason_of(error)}")
 
     def is_on_terminal(self) -> bool:
-        descriptor = _descriptor(sys.stdout)
-        return not self._path and descriptor is not None and os.isatty(descriptor)
+        return not self._path and os.isatty(_descriptor(sys.stdout))
 
     def write(self, make_pieces: _MakePieces) -> None:
         """Write the result; one that the file does not take goes to standard output."""
@@ -2656,9 +2656,9 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         with open(descriptor, "wb", buffering=0):  # which closes it
             new = os.fstat(descriptor)
             wanted = old or new
-            # A rename would give the file to us, or to another group.
+            # Where that is refused, a rename would give the file to us, or to another group.
             if (wanted.st_uid, wanted.st_gid) != (new.st_uid, new.st_gid):
-                return False
+                os.chown(descriptor, wanted.st_uid, wanted.st_gid)
             if wanted.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(wanted.st_mode))
             refusals = ""  # what fails now leaves the old file as it is

@@ -648,6 +648,15 @@ def test_a_host_s_handler_amid_a_look_at_an_output(
         cli("-o", "out", "run", "true", at=api)
 
 
+@pytest.mark.parametrize("name", ["isatty", "lseek"])
+def test_a_host_s_handler_amid_a_message_of_main(name: str, cli: InProcess, api: Api) -> None:
+    """Promise 4.9: nothing is sent after it."""
+    with handler(TimeoutError()):
+        alarm_at_the_end_of(name)
+        cli("-v", "run", "true", at=api)
+    assert api.requests == []
+
+
 @pytest.mark.parametrize("error", [urllib.error.URLError("boom"), urllib.error.URLError(OSError())])
 def test_a_host_s_handler_whose_own_request_fails(error: Exception, serve: Serve) -> None:
     """Promises 4.9, 6.16: no connection of ours was lost, so a 404 would not be a deletion."""

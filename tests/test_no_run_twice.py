@@ -199,6 +199,8 @@ EARLY = {
     "half an answer": (message(b"{", length=9), "no whole answer within 0.3 s"),
     "half an error": (message(b"{", "429 X", length=9), "HTTP 429 X"),
     "an error": (message(b"{}", "503 X"), "HTTP 503 X"),
+    "a page": (message(b"<html>"), "the answer is an HTML page"),
+    "another protocol": (message(b"", "101 X"), "HTTP 101"),
 }
 
 

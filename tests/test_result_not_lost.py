@@ -820,6 +820,52 @@ def test_a_file_system_that_fills_up(case: str, program: Program, api: Api, fold
     assert left == b"out\nold"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_a_file_of_another_user_on_a_disk_that_fills_up(
+    program: Program, api: Api, folder: Path
+) -> None:
+    """Whoever may give a new file to its owner need not overwrite the old one."""
+    skip_if(why_no_namespace())
+    disk = 'mount -t tmpfs -o size=64k none "$PWD" && cd "$PWD" && printf old >out'
+    script = f'{disk} && chown 1:1 out && "$@"; code=$?; cat out >&2; exit $code'
+    document = big(300_000)
+    full = wrapped(program, script, *namespace_command())
+    result = full("-o", "out", *RUN, at=api.answers(document))
+    assert result.err.endswith(b"\nold")
+    check_saved(result._replace(err=result.err[:-3]), document, "out", errno.ENOSPC, 125)
+
+
+# Two signals at once while a new file, that of the result, is looked at. Python before 3.11 calls
+# the handler of the second one amid the exception of the first.
+SIGNALS = r"""
+#define _GNU_SOURCE
+#include <signal.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fstat64(int fd, struct stat64 *file) {
+    int result = syscall(SYS_fstat, fd, file);
+    int is_new = !result && S_ISREG(file->st_mode) && !file->st_size && file->st_nlink == 1;
+    if (is_new && (file->st_mode & 0777) == 0600) raise(SIGINT), raise(SIGTERM);
+    return result;
+}
+int fstat(int fd, struct stat *file) { return fstat64(fd, (struct stat64 *)file); }
+int __fxstat64(int version, int fd, struct stat64 *file) { return fstat64(fd, file); }
+int __fxstat(int version, int fd, struct stat *file) { return fstat(fd, file); }
+"""
+
+
+def test_two_signals_amid_a_system_call(
+    program: Program, api: Api, folder: Path, tmp_path: Path
+) -> None:
+    env = preloaded(tmp_path, SIGNALS)
+    make_output("old", folder)
+    result = program("-o", "out", *RUN, at=api.answers(RESULT), env=env)
+    assert (result.code, result.out) == (-signal.SIGINT, b"")
+    assert result.message == "bus-containers: interrupted; run run-1 ended with exit code 0\n"
+    assert tree(folder) == {"out": OLD}
+
+
 # What NFS says where a quota is exceeded, and others where they fail: at the close of a FIFO or of
 # a file with a result in it, when that is to be stored, and at its rename. Or no file gets a new
 # name, as where a folder may only be added to. Or the mode of a file cannot be changed.

@@ -346,15 +346,23 @@ STUCK: dict[str, tuple[str, Words, Script, int]] = {
     "long-message": ("pipe", RUN, answer(json.dumps(LONG_ERROR).encode(), "403 Forbidden"), 125),
     "little-room": ("almost full", ("-v", *RUN), answer(DOCUMENT), 0),
     "little-room-and-deadline": ("almost full", ("--timeout", "1s", *RUN), silent(), 125),
-    "little-room-by-another-name": ("/dev/tty", ("-v", *RUN), answer(DOCUMENT), 0),
+    "little-room-by-another-name": ("same session", ("-v", *RUN), answer(DOCUMENT), 0),
+    "little-room-elsewhere": ("other session", ("-v", *RUN), answer(DOCUMENT), 0),
 }
-# Runs a command whose standard error is /dev/tty, which is the terminal that it is here.
+# Runs a command whose standard error is /dev/tty, which is the terminal that it is here. In another
+# session that is no terminal, or another one.
 CONTROLLED = """
 import fcntl, os, sys, termios
+_, session, *command = sys.argv
 os.setsid()
 fcntl.ioctl(2, termios.TIOCSCTTY, 0)
 os.dup2(os.open("/dev/tty", os.O_WRONLY), 2)
-os.execv(sys.argv[1], sys.argv[1:])
+if session == "other session":
+    child = os.fork()
+    if child:
+        sys.exit(os.WEXITSTATUS(os.waitpid(child, 0)[1]))
+    os.setsid()
+os.execv(command[0], command)
 """
 
 
@@ -378,14 +386,12 @@ def almost_full(stack: ExitStack) -> tuple[int, int]:
 @scene
 def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> None:
     """Promise 6.9: neither a result, nor the deadline, nor a signal."""
-    command = [sys.executable, "-c", CONTROLLED, *program.command]
-    controlled = Program(command, program.home, program.folder)
 
     def check(name: str) -> None:
         kind, args, script, code = STUCK[name]
         with ExitStack() as stack:
             server = stack.enter_context(Hostile(script))
-            if kind in ("almost full", "/dev/tty"):
+            if name.startswith("little-room"):
                 _, err = almost_full(stack)
             elif kind == "terminal":
                 err = stack.enter_context(Terminal()).end
@@ -397,8 +403,11 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
                 fill(err)
             if kind == "pipe":
                 os.read(reader, 4096)  # room for some more, and not for much
-            start = controlled.start if kind == "/dev/tty" else program.start
-            process = stack.enter_context(start(*args, at=server, env=XTERM, stderr=err))
+            tried = program
+            if "session" in kind:
+                command = [sys.executable, "-c", CONTROLLED, kind, *program.command]
+                tried = Program(command, program.home, program.folder)
+            process = stack.enter_context(tried.start(*args, at=server, env=XTERM, stderr=err))
             stack.callback(process.kill)
             if code == -signal.SIGTERM:
                 assert server.reached.wait(LIMIT)
