@@ -2164,18 +2164,17 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
         return b""
     # Opened anew, not to wait. Else write(2) would, for a terminal that is almost full, and a pipe
     # that another process has just filled. The flag of this descriptor is that of all who have it.
-    place, own, size = "", descriptor, _PIPE_BYTES
+    own = descriptor
     try:
-        mode = os.fstat(descriptor).st_mode
-        if os.isatty(descriptor):
-            size = 1  # which a terminal with room takes at once, if it cannot be opened anew
-            place = os.ttyname(descriptor)
-        elif stat.S_ISFIFO(mode):
-            place = f"/dev/fd/{descriptor}"
-        elif stat.S_ISREG(mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
             os.lseek(descriptor, 0, os.SEEK_END)  # `--output` may have written to it
-        if place[-1:].isdigit():  # not /dev/tty or /dev/ptmx, which would be another one
-            own, size = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), _PIPE_BYTES
+        elif stat.S_ISFIFO(status.st_mode) or os.isatty(descriptor):
+            place = f"/dev/fd/{descriptor}"
+            if sys.platform != "linux":  # there it is no new one
+                place = os.ttyname(descriptor)
+            if status.st_rdev != os.makedev(5, 2):  # Linux's /dev/ptmx, which makes another one
+                own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (AttributeError, OSError) as error:
         _let_through(error)  # else it is Windows, there is no /dev/fd, or it is another user's
     with open(own, "wb", buffering=0, closefd=own != descriptor) as file:
@@ -2183,7 +2182,7 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
         end = time.monotonic() + seconds
         while left and _is_writable(own, seconds):
             stream.flush()  # of what others wrote
-            count = file.write(left[:size])  # None where it would wait
+            count = file.write(left[:_PIPE_BYTES])  # None where it would wait
             if count:
                 left = left[count:]
                 end = time.monotonic() + seconds
@@ -2656,9 +2655,9 @@ def _replace(path: str, make_pieces: _MakePieces) -> bool:
         with open(descriptor, "wb", buffering=0):  # which closes it
             new = os.fstat(descriptor)
             wanted = old or new
-            # Where that is refused, a rename would give the file to us, or to another group.
+            # A rename would give the file to us, or to another group; and chown may be pretended.
             if (wanted.st_uid, wanted.st_gid) != (new.st_uid, new.st_gid):
-                os.chown(descriptor, wanted.st_uid, wanted.st_gid)
+                return False
             if wanted.st_mode != new.st_mode:  # some file systems refuse any change
                 os.chmod(descriptor, stat.S_IMODE(wanted.st_mode))
             refusals = ""  # what fails now leaves the old file as it is

@@ -820,21 +820,6 @@ def test_a_file_system_that_fills_up(case: str, program: Program, api: Api, fold
     assert left == b"out\nold"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
-def test_a_file_of_another_user_on_a_disk_that_fills_up(
-    program: Program, api: Api, folder: Path
-) -> None:
-    """Whoever may give a new file to its owner need not overwrite the old one."""
-    skip_if(why_no_namespace())
-    disk = 'mount -t tmpfs -o size=64k none "$PWD" && cd "$PWD" && printf old >out'
-    script = f'{disk} && chown 1:1 out && "$@"; code=$?; cat out >&2; exit $code'
-    document = big(300_000)
-    full = wrapped(program, script, *namespace_command())
-    result = full("-o", "out", *RUN, at=api.answers(document))
-    assert result.err.endswith(b"\nold")
-    check_saved(result._replace(err=result.err[:-3]), document, "out", errno.ENOSPC, 125)
-
-
 # Two signals at once while a new file, that of the result, is looked at. Python before 3.11 calls
 # the handler of the second one amid the exception of the first.
 SIGNALS = r"""

@@ -346,23 +346,15 @@ STUCK: dict[str, tuple[str, Words, Script, int]] = {
     "long-message": ("pipe", RUN, answer(json.dumps(LONG_ERROR).encode(), "403 Forbidden"), 125),
     "little-room": ("almost full", ("-v", *RUN), answer(DOCUMENT), 0),
     "little-room-and-deadline": ("almost full", ("--timeout", "1s", *RUN), silent(), 125),
-    "little-room-by-another-name": ("same session", ("-v", *RUN), answer(DOCUMENT), 0),
-    "little-room-elsewhere": ("other session", ("-v", *RUN), answer(DOCUMENT), 0),
+    "little-room-by-another-name": ("/dev/tty", ("-v", *RUN), answer(DOCUMENT), 0),
 }
-# Runs a command whose standard error is /dev/tty, which is the terminal that it is here. In another
-# session that is no terminal, or another one.
+# Runs a command whose standard error is /dev/tty, which is the terminal that it is here.
 CONTROLLED = """
 import fcntl, os, sys, termios
-_, session, *command = sys.argv
 os.setsid()
 fcntl.ioctl(2, termios.TIOCSCTTY, 0)
 os.dup2(os.open("/dev/tty", os.O_WRONLY), 2)
-if session == "other session":
-    child = os.fork()
-    if child:
-        sys.exit(os.WEXITSTATUS(os.waitpid(child, 0)[1]))
-    os.setsid()
-os.execv(command[0], command)
+os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -404,8 +396,8 @@ def nothing_waits_for_a_standard_error_that_nobody_reads(program: Program) -> No
             if kind == "pipe":
                 os.read(reader, 4096)  # room for some more, and not for much
             tried = program
-            if "session" in kind:
-                command = [sys.executable, "-c", CONTROLLED, kind, *program.command]
+            if kind == "/dev/tty":
+                command = [sys.executable, "-c", CONTROLLED, *program.command]
                 tried = Program(command, program.home, program.folder)
             process = stack.enter_context(tried.start(*args, at=server, env=XTERM, stderr=err))
             stack.callback(process.kill)
