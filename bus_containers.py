@@ -1004,7 +1004,7 @@ class _Attempt(io.RawIOBase):
             failure = error
         # Not in the handler: http.client's error, which may quote the token, would be context.
         _let_through(failure)
-        raise _error_of_failure(self, failure)
+        raise _error_of_failure(self, failure.with_traceback(None))  # whose frames hold it: a cycle
 
     def _connect(self) -> Any:
         import socket
@@ -1034,6 +1034,8 @@ class _Attempt(io.RawIOBase):
             try:
                 # As a str the name would cost the import of the tables of IDNA.
                 outcomes.append(socket.getaddrinfo(host.encode(), port, 0, socket.SOCK_STREAM))
+            except UnicodeError:  # where a host has set another locale
+                outcomes.append(socket.gaierror("the system's reason is not in UTF-8"))
             except Exception as error:  # noqa: BLE001 - the caller's thread raises it
                 outcomes.append(error)
             going_on.release()
@@ -1152,20 +1154,19 @@ class _Attempt(io.RawIOBase):
         # for as long as a server sends messages that it skips, such as HelloRequest or tickets.
         import ssl
         while True:
-            failure: Any = None
             try:
-                result = operation(*arguments)
-            except ssl.SSLError as error:
-                failure = error
-            left = memoryview(self.outgoing.read())
-            if failure is not None and not isinstance(failure, ssl.SSLWantReadError):
+                result, is_done = operation(*arguments), True
+            except ssl.SSLWantReadError:
+                is_done = False
+            except ssl.SSLError:
                 self.exchange.observer.tick()  # for a signal that came amid a message
                 try:
                     self.sock.settimeout(0)
-                    self.sock.send(left, self.flags)  # an alert, for which nobody waits
+                    self.sock.send(self.outgoing.read(), self.flags)  # an alert, not waited for
                 except OSError:
                     pass  # the failure says more
-                raise failure
+                raise
+            left = memoryview(self.outgoing.read())
             try:
                 while left:
                     left = left[self._wait_for(self.sock.send, left, self.flags) :]
@@ -1173,7 +1174,7 @@ class _Attempt(io.RawIOBase):
                 _let_through(error)
                 if operation != self.tls.read:  # else an answer may be there all the same
                     raise
-            if failure is None:
+            if is_done:
                 return result
             data = self._wait_for(self.sock.recv, _TLS_BYTES)
             self.incoming.write(data)

@@ -493,6 +493,38 @@ def test_an_interrupt_at_every_line_that_a_run_executes(
     assert len(hits) > 1000
 
 
+FAILING: dict[str, Script] = {
+    "silent": silent(), "reset": reset(), "cut": raw(message(b"{", length=9)), "no HTTP": raw(b"x"),
+    "refused": answer(b"{}", "404 Not Found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize(("scheme", "is_tls"), [("http", False), ("https", True), ("https", False)])
+def test_nothing_is_left_of_a_call_that_fails(
+    name: str, scheme: str, serve: Serve, certificates: Certificates,
+    monkeypatch: pytest.MonkeyPatch, *, is_tls: bool,
+) -> None:  # fmt: skip
+    """A cycle would stay in the command line, which does not collect, with all its certificates."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates.ca))
+    tls = certificates.context(certificates.good) if is_tls else None
+    host = serve(FAILING[name], tls=tls).url.partition(":")[2]
+    client = Client(f"{scheme}:{host}", CANARY, timeout=0.2)
+
+    def count_attempts() -> int:
+        return sum(type(each) is bus_containers._Attempt for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = count_attempts()  # what other tests keep
+        with suppress(BusContainersError):
+            client.status()
+        assert count_attempts() == before
+    finally:
+        gc.enable()
+
+
 class Odd:
     """As an array of numpy: to compare it says nothing."""
 

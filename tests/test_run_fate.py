@@ -258,6 +258,19 @@ def test_a_connection_that_cannot_be_closed(
     assert (result.code, result.err) == (0, b"")
 
 
+def test_a_name_whose_error_is_in_another_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As getaddrinfo of Python tells it where a host has called setlocale, with Latin-1, say."""
+
+    def fail(*_: object) -> None:
+        b"Nimi\xe4 ei tunneta".decode()
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    client = bus_containers.Client("http://platform.test", CANARY)
+    with pytest.raises(bus_containers.TransportError, match="cannot resolve the name") as caught:
+        client.run(["true"])
+    assert (caught.value.run_state, caught.value.retryable) == ("not_sent", True)
+
+
 class SelfConnecting(socket.socket):
     """Gets the port that it connects to, as may happen where nobody listens at one of many."""
 
