@@ -420,7 +420,7 @@ def _run_request(
 ) -> Document:
     # The command line calls this as well, to report what is wrong before it looks for a token.
     name, value = "profile", _DEFAULT_PROFILE if profile is None else profile
-    key = "args"  # so the API names the words of a command in a profile
+    key = "args"  # the API's name for the words; with an image it is another one
     if image is not None:
         if profile is not None:
             raise ConfigError("`profile` and `image` exclude each other")
@@ -1249,7 +1249,7 @@ class _Attempt(io.RawIOBase):
         body = bytearray()
         try:
             lengths = set(response.headers.get_all("Content-Length", []))
-            if not re.fullmatch("[0-9]{0,18}", ",".join(lengths).strip()):  # or if they differ
+            if not re.fullmatch("[0-9]{0,18}", ",".join(lengths).strip()):  # or with a comma: two
                 raise self.exchange.error(ProtocolError, "the answer has a bad Content-Length")
             while piece := response.read(_IO_BYTES):
                 body += piece
@@ -2108,7 +2108,7 @@ def _as_usage_error(function: Callable[..., Any], *values: Any, what: str = "") 
 # ---- Output: what goes to standard error, and the way of a result -------------------------------
 
 def _descriptor(stream: Any) -> int:
-    # -1 is none: a host's own object, as that of gzip, may have one to which only it may write.
+    # -1 stands for none. A host's own object, as that of gzip, may have one that only it may use.
     if type(stream) is not io.TextIOWrapper:
         return -1
     try:
