@@ -89,7 +89,6 @@ _MAX_ANSWER_BYTES = 1 << 30  # a server must not fill the memory
 _MAX_ERROR_BYTES = 1 << 20  # what is longer does not come from the API, and takes long to redact
 _MAX_JSON_DEPTH = 200  # every Python can write JSON that is nested this deep
 _MAX_JSON_DIGITS = 4300  # Python's own limit since 3.9.14; older ones have none
-_TOO_MANY_DIGITS = f"it has a number of more than {_MAX_JSON_DIGITS:,} digits"
 _MAX_QUOTED = 4000  # characters of one text of a server in a message
 _MAX_CELL = 40  # a longer cell does not widen its column
 _NOT_OF_EMAIL = "\x7f"  # in a header, so that email's parser does not know what it says
@@ -365,7 +364,7 @@ class Client:
             # The published provider shows runs among its runners; without marks all may be runs.
             items = _items("status", document)
             marks = ("run_id", "owner_identity_id", "owner_account_id")
-            runs = [item for item in items if any(item.get(mark) for mark in marks)]
+            runs = [item for item in items if any(map(item.get, marks))]
             if runs:
                 document["items"] = runs
         if isinstance(document, list):
@@ -788,7 +787,7 @@ def _claimed_words(claims: Document, name: str) -> list[str]:
     value = _field(claims, name, (str, list)) or ""
     if isinstance(value, str):
         value = value.split()
-    return [str(word) for word in value]
+    return list(map(str, value))
 
 
 # ---- Transport: the one place that talks to the network ----------------------------------------
@@ -925,7 +924,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
         text = text.replace(secret, "[redacted]")
         if any(mark in text for mark in "\\%&"):  # with one of which all other forms begin
             import re
-            pattern = "".join([_any_form(character) for character in secret])
+            pattern = "".join(map(_any_form, secret))
             text = re.sub(pattern, "[redacted]", text, flags=re.IGNORECASE)
     return text
 
@@ -1041,7 +1040,10 @@ class _Attempt(io.RawIOBase):
             going_on.release()
         # Not threading.Thread: that waits for ever where memory lacks, and may drop an interrupt.
         may_start = getattr(_thread, "daemon_threads_allowed", lambda: True)  # it is new in 3.12
-        if may_start() and not sys.is_finalizing():
+        # With gevent's sockets, but not its threads, each thread would leave a hub of its own.
+        is_patched = socket.socket.__module__ != "socket"
+        is_mixed = is_patched and _thread.start_new_thread.__module__ == "_thread"
+        if may_start() and not is_mixed and not sys.is_finalizing():
             run = functools.partial(look_up)
             get_run = weakref.ref(run)
             try:
@@ -1238,8 +1240,7 @@ class _Attempt(io.RawIOBase):
             raise http.client.IncompleteRead(b"")
         self.may_be_done = response.status in _USABLE and self.run_state == "unknown"
         lines = [f"{response.status} {response.reason}"]
-        for name, text in response.getheaders():
-            lines.append(f"{name}: {text}")
+        lines += [f"{name}: {text}" for name, text in response.getheaders()]
         self.exchange.observer.show_headers("<", map(self.exchange.quote, lines))
 
     def _read_body(self, response: Any) -> bytearray:
@@ -1287,7 +1288,7 @@ class _Attempt(io.RawIOBase):
                 if not self.tls:
                     count = self._wait_for(self.sock.send, left, self.flags)
                 else:
-                    count = self._through_tls(self.tls.write, left)
+                    count = self._through_tls(self.tls.write, left[:_TLS_BYTES])
                 left = left[count:]
             self.may_be_done = self.run_state == "unknown"
         except ConnectionError as error:
@@ -1393,10 +1394,7 @@ def _parse_body(exchange: _Exchange, body: bytearray) -> tuple[Any, str]:
         return None, "the answer is too large for this machine's memory"
     except (ValueError, RecursionError) as error:
         _let_through(error)
-        reason = exchange.quote(_reason_of(error))
-        if "integer string conversion" in reason:  # Python's words, with advice for programmers
-            reason = _TOO_MANY_DIGITS
-        problem = f"the answer is not usable JSON: {reason}"
+        problem = f"the answer is not usable JSON: {exchange.quote(_reason_of(error))}"
     if not text.strip():
         problem = "the answer is empty"
     elif text.lstrip().startswith("<"):
@@ -1415,14 +1413,11 @@ def _parse_json(text: str) -> Any:
         return value
     def parse_int(digits: str) -> int:
         if len(digits) > _MAX_JSON_DIGITS:
-            raise ValueError(_TOO_MANY_DIGITS)
+            raise ValueError(f"it has a number of more than {_MAX_JSON_DIGITS:,} digits")
         return int(digits)
-    options: dict[str, Any] = {"parse_float": parse_float, "parse_constant": parse_float}
-    # A Python with this limit enforces it, at a fraction of what a hook for each number costs.
-    get_limit = getattr(sys, "get_int_max_str_digits", None)
-    if get_limit is None or get_limit() != _MAX_JSON_DIGITS:
-        options["parse_int"] = parse_int
-    document = json.loads(text, **options)
+    document = json.loads(
+        text, parse_float=parse_float, parse_constant=parse_float, parse_int=parse_int
+    )
     # Level by level, as Python limits recursion. A set is three times as fast as isinstance.
     containers = {dict, list}
     level: Any = [[document]]
@@ -1580,7 +1575,7 @@ def _is_late_refusal(attempt: _Attempt, failure: Any) -> bool:
 
 def _certificate_advice(environ: Mapping[str, str]) -> str:
     import ssl
-    names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if environ.get(name)]
+    names = list(filter(environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR")))
     for name in names:
         problem = _problem_of_ca(environ[name], is_file=name == "SSL_CERT_FILE")
         if problem:
@@ -1648,9 +1643,11 @@ def _cell(item: Document, column: str) -> str:
 
 
 def _format_json(_command: str, document: Any) -> Iterator[str]:
-    """Give JSON with an indent of two, key by key, so that a large text is not held once more."""
+    """Give JSON with an indent of two, key by key where a text in it is too large to hold twice."""
     import json
-    if not document or not isinstance(document, dict):
+    values = document.values() if isinstance(document, dict) else ()
+    # Else in one write, as the results of runs that share a pipe would mix.
+    if not any(isinstance(value, str) and len(value) > _IO_BYTES for value in values):
         yield f"{json.dumps(document, ensure_ascii=False, indent=2)}\n"
         return
     before = "{"
@@ -1679,7 +1676,7 @@ def _text_table(columns: Sequence[str], items: Sequence[Document]) -> Iterator[s
     for column in columns:
         cells = [_cell(item, column) for item in items]
         if not "".join(cells).isprintable():
-            cells = [_visible(cell) for cell in cells]
+            cells = list(map(_visible, cells))
         if column == "command":
             cells = [cell[:_MAX_CELL] for cell in cells]
         if any(cells) or column not in ("started_at", "command"):  # which providers may lack
@@ -1973,15 +1970,15 @@ def _scan(argv: Sequence[str]) -> tuple[str | None, _Options, list[str]]:
     ahead = iter(argv)
     for word in ahead:
         if word == "--":
-            words.extend(ahead)
+            words += ahead
         elif word.startswith("-") and word != "-":
-            options.extend(_scan_options(word, ahead))
+            options += _scan_options(word, ahead)
         elif command is None:
             command = word
         else:
             words.append(word)
             if command == "run":  # the rest is the container's
-                words.extend(ahead)
+                words += ahead
     return command, options, words
 
 
@@ -2414,6 +2411,7 @@ class _Reporter(_Observer):
     def interrupt(self, interrupt: KeyboardInterrupt, command: str | None) -> int:
         code: int = getattr(interrupt, "exit_code", 130)
         error = BusContainersError("terminated" if code == 143 else "interrupted")
+        error.reason += getattr(interrupt, "reason", "")  # why a result went elsewhere
         error.kind = "interrupted"
         self.process.signal_number = code - 128  # Ctrl-C may come before the handler is there
         self.error(error, command)
@@ -2564,10 +2562,9 @@ class _Result:
             return
         except (OSError, ValueError, MemoryError) as error:
             _let_through(error)
+            if isinstance(error, BrokenPipeError) and not self._is_file:
+                raise _ReaderLeftError("the reader of standard output left") from None
             failure = self._error(error)
-            is_gone = isinstance(error, BrokenPipeError)
-        if is_gone and not self._is_file:
-            raise _ReaderLeftError("the reader of standard output left")
         # A result was paid for and cannot be fetched again, so it goes where it still can.
         if self._path:
             try:
@@ -2575,6 +2572,9 @@ class _Result:
                 failure.reason += "; the result is on standard output"
             except _OutputError as second:
                 failure.reason += f"; {second.reason}"
+            except KeyboardInterrupt as interrupt:
+                vars(interrupt)["reason"] = f"; {failure.reason}"
+                raise
         raise failure
 
 

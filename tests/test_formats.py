@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -194,10 +195,22 @@ def test_random_documents(show: Show) -> None:
 
 
 def test_a_large_result_is_whole(show: Show) -> None:
-    stdout = "\U0001f600\n\ud83d\u00e4\t" * 200_000
+    stdout = "\U0001f600\n\ud83d\u00e4\t" * 300_000
     document = {"run_id": "run-1", "exit_code": 0, "stdout": stdout, "stderr": ""}
     assert show("run", "text", document)[0] == stdout.encode("utf-8", "backslashreplace")
     assert show("run", "json", document)[0] == as_json(document)
+
+
+def test_a_result_in_json_leaves_in_one_write(cli: InProcess, api: Api) -> None:
+    """So that those of parallel runs do not mix in one pipe. Here each write is a packet."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left, right:
+        document = {"run_id": "run-1", "exit_code": 0, "stdout": "x" * 3000, "args": ["sh", "-c"]}
+        result = cli(*words("run"), at=api.answers(document), stdout=left.fileno())
+        left.send(b"the end")
+        packets = [*iter(lambda: right.recv(65536), b"the end")]
+    assert result.code == 0
+    assert [packet for packet in packets if packet] == [as_json(document)]
 
 
 WHEN = "2026-01-02T03:04:05Z"

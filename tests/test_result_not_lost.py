@@ -359,17 +359,18 @@ def test_an_output_that_becomes_a_fifo_without_a_reader(
     check_saved(result, DOCUMENTS["run"], "out", errno.ENXIO)
 
 
+@pytest.mark.parametrize("output", ["-", "/dev/full"])
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_a_signal_while_the_result_waits_for_its_reader(
-    form: str, program: Program, api: Api
+    form: str, output: str, program: Program, api: Api
 ) -> None:
-    """Promise 6.3: the run has ended, and nothing else can tell how.
+    """Promise 6.3: the run has ended, and nothing else can tell how, and why the file lacks it.
 
     The container's standard error would wait for a reader, too.
     """
     reader, writer = os.pipe()
     api.answers({**big(1_000_000), "exit_code": 37, "stderr": "x" * 100_000})
-    process = program.start("-f", form, *RUN, at=api, stdout=writer)
+    process = program.start("-f", form, "-o", output, *RUN, at=api, stdout=writer)
 
     def act() -> None:
         await_that(lambda: bool(select.select([reader], [], [], 0)[0]))
@@ -379,7 +380,9 @@ def test_a_signal_while_the_result_waits_for_its_reader(
     os.close(reader)
     os.close(writer)
     assert result.code == -signal.SIGTERM
-    assert result.err == b"bus-containers: terminated; run run-1 ended with exit code 37\n"
+    why = "" if output == "-" else f"; cannot write to {output}: No space left on device"
+    line = f"bus-containers: terminated{why}; run run-1 ended with exit code 37\n"
+    assert result.err == line.encode()
 
 
 # --- as with a shell's >: 6.12 ----------------------------------------------------------------
