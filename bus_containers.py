@@ -854,7 +854,7 @@ class _Exchange:
             unquote = urllib.parse.unquote
             for secret in (login, self.peer.password or self.peer.username or ""):
                 self.secrets += [secret, unquote(secret)]
-                self.secrets.append(unquote(secret, "latin-1"))  # as http.client decodes a head
+                self.secrets += [unquote(secret, "latin-1")]  # as http.client decodes a head
         self.run_state = "not_sent"  # that of the latest attempt
 
     def fetch(self, shape: Any = dict) -> Document:
@@ -1003,7 +1003,9 @@ class _Attempt(io.RawIOBase):
             failure = error
         # Not in the handler: http.client's error, which may quote the token, would be context.
         _let_through(failure)
-        raise _error_of_failure(self, failure.with_traceback(None))  # whose frames hold it: a cycle
+        # Their frames hold it: a cycle, which the command line does not collect.
+        failure.__context__ = failure.__cause__ = None
+        raise _error_of_failure(self, failure.with_traceback(None))
 
     def _connect(self) -> Any:
         import socket
@@ -1521,10 +1523,8 @@ def _error_of_failure(attempt: _Attempt, failure: Exception) -> BusContainersErr
         return exchange.error(TransportError, text, advice, retryable=True)
     if reason.lstrip().startswith("<"):
         reason = "it starts with a page of HTML"
-    text = f"the answer is not valid HTTP: {reason}"
-    if attempt.run_state == "not_sent":  # so it is the answer to CONNECT
-        text = f"the answer of {exchange.proxy_name} is not valid HTTP: {reason}"
-    return exchange.error(ProtocolError, text, advice)
+    source = f" of {exchange.proxy_name}" if attempt.run_state == "not_sent" else ""  # to CONNECT
+    return exchange.error(ProtocolError, f"the answer{source} is not valid HTTP: {reason}", advice)
 
 
 def _https_hint(exchange: _Exchange, is_http: bool) -> str:
@@ -1645,9 +1645,8 @@ def _cell(item: Document, column: str) -> str:
 def _format_json(_command: str, document: Any) -> Iterator[str]:
     """Give JSON with an indent of two, key by key where a text in it is too large to hold twice."""
     import json
-    values = document.values() if isinstance(document, dict) else ()
     # Else in one write, as the results of runs that share a pipe would mix.
-    if not any(isinstance(value, str) and len(value) > _IO_BYTES for value in values):
+    if not any(len(_text(document, name) or "") > _IO_BYTES for name in document):
         yield f"{json.dumps(document, ensure_ascii=False, indent=2)}\n"
         return
     before = "{"
@@ -1998,7 +1997,7 @@ def _scan_options(word: str, ahead: Iterator[str]) -> _Options:
         name, value_name = known.get(f"-{letter}", (f"-{letter}", ""))
         if value_name:
             return [*options, (name, word[end:] or next(ahead, None))]
-        options.append((name, None))
+        options += [(name, None)]
     return options
 
 
@@ -2309,7 +2308,7 @@ class _Reporter(_Observer):
         seconds = int(time.monotonic() - self.progress_start)
         if not self.progress or seconds < self.next_seconds:
             return
-        line = _visible(_redacted(f"{_rounded(seconds)}{self.progress}", self.secrets))
+        line = f"{_rounded(seconds)}{self.progress}"
         if not self.is_terminal:
             self.next_seconds += _STILL_RUNNING_SECONDS
             self._write(f"{_PROGRAM}: still waiting after {line}\n", 0)
@@ -2366,7 +2365,8 @@ class _Reporter(_Observer):
         if self.drawn:
             self._write(self._erasure(), 0)
         self.drawn = ""
-        self.progress = "" if self.is_quiet or self.is_json else text
+        # Once, as a command may be long, and a tick comes with each piece of an answer.
+        self.progress = "" if self.is_quiet or self.is_json else _shown(text, self.secrets)
         self.progress_start = time.monotonic()
         self.next_seconds = 1 if self.is_terminal else _STILL_RUNNING_SECONDS
 

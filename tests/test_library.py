@@ -495,7 +495,8 @@ def test_an_interrupt_at_every_line_that_a_run_executes(
 
 FAILING: dict[str, Script] = {
     "silent": silent(), "reset": reset(), "cut": raw(message(b"{", length=9)), "no HTTP": raw(b"x"),
-    "refused": answer(b"{}", "404 Not Found"),
+    "refused": answer(b"{}", "404 Not Found"), "bad status": raw(b"HTTP/1.1 x OK\r\n\r\n"),
+    "bad chunk": raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n"),
 }  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def at_first(line: str) -> str:
 @contextmanager
 def in_progress(
     program: Program, *args: str, line: str = LINE, columns: int = 80, body: bytes = DOCUMENT,
-    **popen: object,
+    headers: Words = (), **popen: object,
 ) -> Iterator[tuple[Terminal, subprocess.Popen[bytes], threading.Event]]:  # fmt: skip
     """A call whose line is on the terminal, and which is answered after the event."""
     release = threading.Event()
@@ -106,7 +106,7 @@ def in_progress(
         state = b"ready" if release.is_set() else b"starting"
         connection.send(message(b'{"items":[{"id":"runner","state":"%s"}]}' % state))
 
-    script = status if "status" in args else held(release, message(body))
+    script = status if "status" in args else held(release, message(body, "200 OK", *headers))
     with Terminal(columns) as terminal, Hostile(script) as server:
         if "stdout" in popen:
             popen["stdout"] = terminal.end
@@ -309,6 +309,17 @@ def an_interrupt_takes_the_line_away(program: Program) -> None:
     assert end == ""
     assert line.startswith("bus-containers: interrupted; the run may still be executing")
     assert len({*screen.drawn}) == len(screen.drawn)
+
+
+@scene
+def a_long_command_does_not_hold_up_its_answer(program: Program) -> None:
+    """Its line is made once, not with each of the thousand pieces in which the answer comes."""
+    args = ("run", "--timeout", "30s", "sh", "-c", *["\n" * 120_000] * 7)
+    pieces = [DOCUMENT, *[b" " * 8000] * 1000, b""]
+    body = b"".join([b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces])
+    line = ("1 s of 30 s  codex: sh -c " + r"\n" * 40)[:79]
+    screen = watched(program, *args, line=line, body=body, headers=("Transfer-Encoding: chunked",))
+    assert screen.rows == [""]
 
 
 # --- terminals and pipes that take nothing ----------------------------------------------------
