@@ -1819,7 +1819,7 @@ _VARIABLES = [  # name, may hold a secret, description, default
     ("BUS_API_TOKEN", True, "the bearer token, after BUS_AI_TOKEN", ""),
     ("BUS_CONFIG_DIR", False, "holds auth/api-token, the last place for a token", ""),
     ("XDG_CONFIG_HOME", False, "its bus/ comes after BUS_CONFIG_DIR", "~/.config"),
-    ("HTTPS_PROXY", True, "proxy for https, http://[USER:PASSWORD@]HOST:PORT", ""),
+    ("HTTPS_PROXY", True, f"proxy for https, {_PROXY_URL}", ""),
     ("HTTP_PROXY", True, "proxy for http, unless REQUEST_METHOD is set", ""),
     ("NO_PROXY", False, "hosts without proxy: names, .suffixes, addresses, CIDR, *", ""),
     ("SSL_CERT_FILE", False, "file of CA certificates, instead of the system's file", ""),
