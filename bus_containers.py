@@ -318,7 +318,7 @@ class Client:
         """Return `{"items": [{"id", "state", ...}]}`, or `{"status": {"state", ...}}`."""
         exchange = _Exchange(self, "GET", "status")
         document = exchange.fetch()
-        if document:
+        if {*document} - {"error"}:  # which is empty here, as {} is
             return document
         raise exchange.error(ProtocolError, "the answer says nothing")
 
@@ -406,11 +406,11 @@ def _load_modules(api_url: str) -> dict[str, Any]:
             names += ["encodings.idna", "ssl"]  # the former for the name in a certificate
         for name in names:
             __import__(name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - of a script, any
+    except (Exception, SystemExit) as error:  # of a script, any
         _let_through(error)
         fault = _internal_error(error)
         fault.run_state = "not_sent"
-        raise fault from None
+        raise fault from error
     return dict(sys.modules)
 
 
@@ -465,6 +465,9 @@ _CONFIG_DIRECTORIES = {"BUS_CONFIG_DIR": "", "XDG_CONFIG_HOME": "bus", "HOME": "
 _BLANKS = " \t\r\n\v\f"  # around a token, of which they are no part
 _QUOTES = "\"'"  # around it they are a mistake, and an answer may quote it without
 _JWT_START = "eyJ"  # the base64 of `{"`, with which the header of every JWT begins
+# A long word, or a base64 with all kinds of letters; both also after `Bearer`.
+_LONG_WORD = r"[^/\\ ]{20,}|(?=.*[0-9])(?=.*[a-z])(?=.*[A-Z])[0-9A-Za-z+/=]{20,}"
+_PASTED_TOKEN = rf"(?s)([^/\\]* )?({_LONG_WORD})|.*{_JWT_START}.*"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
 # Written as in NO_PROXY. _LOOPBACK never has a proxy; to _PRIVATE a token may go unencrypted.
@@ -535,10 +538,9 @@ def resolve_token(path: str | None, environ: Mapping[str, str]) -> tuple[str, st
     if path is not None:
         if not isinstance(path, str):
             raise ConfigError("`path` is not text")
+        import re
         # Before the file is opened: an error of that would print the path, which may be the token.
-        _, _, word = path.rpartition(" ")  # of `Bearer TOKEN`
-        is_long = len(word) >= 20 and "/" not in path and "\\" not in path
-        if (is_long or _JWT_START in path) and not os.path.exists(path):
+        if re.fullmatch(_PASTED_TOKEN, path) and not os.path.exists(path):
             text = "no token: the value of `path` looks like a token, not a path"
             # Without that start it may be a long name of a file that is yet to be written.
             error_class = ConfigError if _JWT_START in path else _MissingTokenError
@@ -988,11 +990,9 @@ class _Attempt(io.RawIOBase):
                         self._open_tunnel()
                     self._start_tls()
                 document = _usable_document(self.exchange, shape, *self._converse())
-                try:
+                with contextlib.suppress(OSError):  # the answer is as good
                     self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\0\0\0\0\0\0\0\0")
                     self.sock.close()
-                except OSError as error:
-                    _let_through(error)  # the answer is as good
             return document
         except (BusContainersError, KeyboardInterrupt) as error:
             raise error.with_traceback(None) from None  # http.client's frames hold the token
@@ -2170,7 +2170,7 @@ def _write_in_time(stream: Any, data: bytes, seconds: float) -> bytes:
             place = f"/dev/fd/{descriptor}"
             if sys.platform != "linux":  # there it is no new one
                 place = os.ttyname(descriptor)
-            if status.st_rdev != os.makedev(5, 2):  # Linux's /dev/ptmx, which makes another one
+            if status.st_rdev != 0x502:  # 5:2 is Linux's /dev/ptmx, which makes another one
                 own = os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (AttributeError, OSError) as error:
         _let_through(error)  # else it is Windows, there is no /dev/fd, or it is another user's
@@ -2699,9 +2699,7 @@ def _client(args: argparse.Namespace, report: _Reporter) -> Client:
     if source != "default":
         report.url_source = source
     proxy, proxy_source = _as_usage_error(_proxy_and_source, url, os.environ)
-    via = "none"
-    if proxy:
-        via = f"{_redacted_url(proxy)} from {proxy_source}"
+    via = f"{_redacted_url(proxy)} from {proxy_source}" if proxy else "none"
     report.explain(f"API URL {url} from {source}; proxy {via}")
     report.tick()  # for a signal that came amid a message: standard input may have to wait
     token, token_source = resolve_token(args.token_file, os.environ)
@@ -2839,6 +2837,8 @@ def _main(argv: Sequence[str] | None, process: _Process, *, is_own: bool) -> int
                     raise _UsageError(f"argument {number} is not valid UTF-8")
             return _execute(_parse(command, options, words), report)
         except BusContainersError as error:
+            if error.__cause__:  # what is in the way of a module
+                return report.fault(error.__cause__, command)
             report.error(error, command)
             return 2 if isinstance(error, _UsageError) else process.failure_code
         except (Exception, SystemExit) as fault:  # noqa: BLE001 - or a script in the way exits

@@ -60,6 +60,7 @@ def checked(result: Result) -> Result:
     """What holds for every result, whatever was asked and answered; the token is looked for too."""
     assert result.seconds < SOON, result
     assert b"Traceback" not in result.err + result.out, result
+    assert b"internal error" not in result.err, result  # that is any exception but our own
     if result.err.startswith(b"{"):
         for line in result.message.splitlines():
             assert isinstance(json.loads(line)["kind"], str), line

@@ -126,7 +126,9 @@ def test_an_unusable_answer(name: str, cli: InProcess, api: Api) -> None:
 
 
 def test_what_lists_nothing(cli: InProcess, api: Api) -> None:
-    check_failure(cli("status", at=api.answers({})), 1, "the answer says nothing")
+    nothing: list[dict[str, object]] = [{}, {"error": {}}, {"error": None}]
+    for document in nothing:
+        check_failure(cli("status", at=api.answers(document)), 1, "the answer says nothing")
     for body in ("{}", '{"items":7}', '{"runs":{"a":1}}', '{"others":[]}'):
         check_failure(cli("runs", at=api.answers(body.encode())), 1, "the answer lists no runs")
     for body in ('{"items":null}', '{"runs":null}', '{"runs":[]}', "[]"):

@@ -324,7 +324,8 @@ def test_the_token_as_the_path_of_a_token_file(
 ) -> None:
     """Promise 2.9."""
     tokens = [platform.token(), jwt({"sub": "me"}), CANARY, f"Bearer {CANARY}", f"{CANARY}\n"]
-    for token in [*tokens, "a" * 20, "a" * 300]:
+    base64 = "K7gNU3sdo/OL0wNhqoVWhr3g6s1xYv72ol/pe+Unols="
+    for token in [*tokens, base64, f"Bearer {base64}", "a" * 20, "a" * 300]:
         for options in (("-v",), ("--error-format", "json")):
             result = cli(*options, "--token-file", token, *RUN, cwd=tmp_path)
             assert (result.code, result.out) == (125, b"")
@@ -337,7 +338,7 @@ def test_the_token_as_the_path_of_a_token_file(
     (tmp_path / CANARY).write_text(platform.token())  # a path, after all
     assert cli("--token-file", CANARY, "status", at=platform, cwd=tmp_path).code == 0
     folder = str(tmp_path / "a-name-of-many-letters-without-a-dot")
-    for path in ("a" * 19, "auth/api-token", folder):
+    for path in ("a" * 19, "auth/api-token", folder, "secrets/api-token-of-Project7"):
         told = check_failure(cli("--token-file", path, *RUN, cwd=tmp_path), 125, path)
         assert "looks like a token" not in told
 

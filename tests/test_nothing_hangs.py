@@ -47,6 +47,7 @@ from hostile import (
 from support import (
     BODIES,
     CANARY,
+    DOCUMENTS,
     LIMIT,
     Env,
     InProcess,
@@ -227,6 +228,26 @@ def test_an_interrupt_ends_a_run_wherever_it_is(
         assert result.spoken.advises == case.sent
         assert result.seconds < LIMIT + SOON
         assert trap.is_left(), "the connection is still there"
+
+
+def test_a_call_that_is_over_reports_nothing_more(cli: InProcess, serve: Serve) -> None:
+    """What had come of an answer at the deadline is told by the call itself, not amid the next."""
+
+    def late(connection: Connection) -> None:
+        connection.read_request()
+        connection.server.ending.wait(0.2)  # for what would report the first answer
+        connection.send(message(BODIES["status"]))
+
+    server = serve(then_hold(message(length=9, status="500 Odd")), late)
+    result = cli("-v", "--timeout", "300ms", *RUN, at=server)
+    *_, told, error = result.message.splitlines()
+    assert result.code == 125
+    assert "runs: 500, 0 bytes" in told
+    assert "HTTP 500 Odd" in error
+    result = cli("-v", "status", at=server)
+    assert (result.code, result.document) == (0, DOCUMENTS["status"])
+    [line] = [line for line in result.message.splitlines() if "bytes" in line]
+    assert "GET" in line
 
 
 def test_no_limit(cli: InProcess, api: Api) -> None:

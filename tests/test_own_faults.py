@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -136,8 +137,12 @@ def test_a_file_in_the_way_of_any_module(program: Program, api: Api, tmp_path: P
 def test_a_python_without_tls(program: Program, tmp_path: Path) -> None:
     """It does for plain http: test_run_fate.py."""
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['_ssl'] = None\n")
-    env = {"BUS_AI_API_URL": "https://127.0.0.1:1", "BUS_AI_TOKEN": CANARY}
-    check_fault(program(*RUN, env={"PYTHONPATH": str(tmp_path), **env}), 125, "_ssl")
+    env: Env = {"BUS_AI_API_URL": "https://127.0.0.1:1", "BUS_AI_TOKEN": CANARY}
+    env["PYTHONPATH"] = str(tmp_path)
+    check_fault(program(*RUN, env=env), 125, "_ssl")
+    *places, fault = program("-v", *RUN, env=env).message.splitlines()
+    assert "internal error: " in fault
+    assert re.search(r"ssl\.py, line \d+, in <module>$", places[-1])
 
 
 def test_no_dev_null(program: Program, api: Api, tmp_path: Path) -> None:

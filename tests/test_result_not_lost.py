@@ -301,6 +301,29 @@ def test_two_runs_with_one_output(program: Program, serve: Serve, folder: Path) 
     assert tree(folder) in [{"out": content} for content in contents.values()]
 
 
+def test_a_run_that_fails_leaves_the_result_of_another(
+    program: Program, serve: Serve, folder: Path
+) -> None:
+    """Both have one new output, and the one that fails was the first to look at it."""
+    answers = {"good": message(BODIES["run"]), "bad": message(b"{}", "402 Payment Required")}
+    releases = {name: threading.Event() for name in answers}
+
+    def script(connection: Connection) -> None:
+        request = connection.read_request()
+        name = json.loads(request.partition(b"\r\n\r\n")[2])["args"][0]
+        assert releases[name].wait(LIMIT)
+        connection.send(answers[name])
+
+    server = serve(script)
+    bad = program.start("-o", "out", "run", "--", "bad", at=server)
+    await_that(lambda: len(server.requests) == 1)
+    good = program.start("-o", "out", "run", "--", "good", at=server)
+    await_that(lambda: len(server.requests) == 2)
+    assert ended(good, releases["good"].set)[:3] == (0, b"", b"")
+    assert ended(bad, releases["bad"].set).code == 125
+    assert tree(folder) == {"out": as_json(RESULT)}
+
+
 @pytest.mark.parametrize("number", tiers([signal.SIGTERM, signal.SIGKILL], signal.SIGTERM))
 def test_a_signal_amid_the_writing(
     number: signal.Signals, program: Program, serve: Serve, folder: Path
