@@ -132,13 +132,13 @@ def _let_through(error: BaseException) -> None:
     """Raise an error again that a signal's handler raised: that of a host may be a TimeoutError."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
-        frame, trace = trace.tb_frame, trace.tb_next
+        trace = trace.tb_next
         code, variables = trace.tb_frame.f_code, trace.tb_frame.f_locals
-        # A handler's second argument is the frame that it broke into. Some delete it as unused.
+        # A handler's second argument is a frame, an import's is in no traceback. Some delete it.
         if not {*code.co_varnames[: code.co_argcount]} <= {*variables}:
             raise error
         for value in variables.values():
-            if value is frame or (isinstance(value, tuple) and id(frame) in map(id, value)):
+            if type(trace.tb_frame) in map(type, value if isinstance(value, tuple) else [value]):
                 raise error
 
 
@@ -466,7 +466,7 @@ _BLANKS = " \t\r\n\v\f"  # around a token, of which they are no part
 _QUOTES = "\"'"  # around it they are a mistake, and an answer may quote it without
 _JWT_START = "eyJ"  # the base64 of `{"`, with which the header of every JWT begins
 # A long word, or a base64 with all kinds of letters; both also after `Bearer`.
-_LONG_WORD = r"[^/\\ ]{20,}|(?=.*[0-9])(?=.*[a-z])(?=.*[A-Z])[0-9A-Za-z+/=]{20,}"
+_LONG_WORD = r"[^/\\ ]{20,}|(?!/)(?=.*[0-9])(?=.*[a-z])(?=.*[A-Z])[0-9A-Za-z+/=]{20,}"
 _PASTED_TOKEN = rf"(?s)([^/\\]* )?({_LONG_WORD})|.*{_JWT_START}.*"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_URL = "http://[USER:PASSWORD@]HOST[:PORT]"
@@ -854,7 +854,7 @@ class _Exchange:
                 self.proxy_login = base64.b64encode(octets).decode()
                 self.secrets.append(self.proxy_login)
             unquote = urllib.parse.unquote
-            for secret in (login, self.peer.password or self.peer.username or ""):
+            for secret in (login, *login.split(":", 1)):
                 self.secrets += [secret, unquote(secret)]
                 self.secrets += [unquote(secret, "latin-1")]  # as http.client decodes a head
         self.run_state = "not_sent"  # that of the latest attempt
@@ -1646,7 +1646,7 @@ def _format_json(_command: str, document: Any) -> Iterator[str]:
     """Give JSON with an indent of two, key by key where a text in it is too large to hold twice."""
     import json
     # Else in one write, as the results of runs that share a pipe would mix.
-    if not any(len(_text(document, name) or "") > _IO_BYTES for name in document):
+    if not any(len(_field(document, name, str) or "") > _IO_BYTES for name in document):
         yield f"{json.dumps(document, ensure_ascii=False, indent=2)}\n"
         return
     before = "{"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import bus_containers
 from hostile import Api
 from support import InProcess, Program, as_json, words
 
@@ -199,6 +200,13 @@ def test_a_large_result_is_whole(show: Show) -> None:
     document = {"run_id": "run-1", "exit_code": 0, "stdout": stdout, "stderr": ""}
     assert show("run", "text", document)[0] == stdout.encode("utf-8", "backslashreplace")
     assert show("run", "json", document)[0] == as_json(document)
+
+
+def test_a_large_result_of_blanks_is_not_held_twice() -> None:
+    document = {"run_id": "run-1", "stdout": " " * 2_000_000}
+    pieces = [*bus_containers._format_json("run", document)]
+    assert len(pieces) > 1
+    assert "".join(pieces).encode() == as_json(document)
 
 
 def test_a_result_in_json_leaves_in_one_write(cli: InProcess, api: Api) -> None:

@@ -42,6 +42,7 @@ from support import (
     Result,
     as_json,
     check_failure,
+    second_tier,
     skip_if,
     spoken,
     tiers,
@@ -66,7 +67,7 @@ def slowly(seconds: float) -> Script:
 
 # --- the library in another program -----------------------------------------------------------
 
-PREAMBLE = """
+LOADED = """
 import os, sys, time
 from bus_containers import BusContainersError, Client, DeadlineError
 
@@ -79,8 +80,8 @@ def failure(call, *args, **options):
     except BusContainersError as error:
         return type(error).__name__
 
-client = Client.from_env()
 """
+PREAMBLE = LOADED + "client = Client.from_env()\n"
 
 
 @pytest.fixture
@@ -88,9 +89,11 @@ def guest(home: Path, folder: Path) -> Guest:
     """Run a script that uses this library, after PREAMBLE, with warnings as errors."""
     place = os.path.dirname(inspect.getfile(bus_containers))
 
-    def call(script: str, at: Api | Hostile, strict: bool = True) -> Result:
+    def call(
+        script: str, at: Api | Hostile, strict: bool = True, preamble: str = PREAMBLE
+    ) -> Result:
         env = {"PYTHONPATH": place, "PYTHONWARNINGS": "error" if strict else None}
-        command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(script)]
+        command = [sys.executable, "-c", preamble + textwrap.dedent(script)]
         return Program(command, home, folder)(at=at, env=env)
 
     return call
@@ -265,6 +268,34 @@ def test_the_library_in(host: Host, guest: Guest, api: Api, serve: Serve) -> Non
     result = guest(host.script, at=server, strict=not is_green)
     assert (result.code, result.out.decode().split()) == (0, host.says.split()), result
     assert is_green or result.err == b""
+
+
+@second_tier
+def test_a_handler_that_raises_while_modules_are_loaded(guest: Guest, api: Api) -> None:
+    """Promise 4.9. The frame that it breaks into is one of the import's, which no traceback has."""
+    script = """
+    import random, signal
+    class Soft(Exception): pass
+    def soft(signum, frame): raise Soft
+    signal.signal(signal.SIGALRM, soft)
+    ends = []
+    for seed in range(60):
+        child = os.fork()
+        if not child:
+            seconds, code = random.Random(seed).uniform(0.0005, 0.045), 0
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                Client(os.environ["BUS_AI_API_URL"], "t")
+            except BusContainersError as error:
+                code = "Soft" in str(error)
+            except Exception:
+                code = 2
+            os._exit(code)
+        ends.append(os.waitpid(child, 0)[1] >> 8)
+    say((ends.count(1), ends.count(2) > 0))
+    """
+    result = guest(script, at=api, preamble=LOADED)
+    assert (result.code, result.out) == (0, b"(0, True) ")
 
 
 @pytest.mark.parametrize("is_secure", [False, True], ids=["http", "https"])

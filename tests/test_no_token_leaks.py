@@ -338,7 +338,8 @@ def test_the_token_as_the_path_of_a_token_file(
     (tmp_path / CANARY).write_text(platform.token())  # a path, after all
     assert cli("--token-file", CANARY, "status", at=platform, cwd=tmp_path).code == 0
     folder = str(tmp_path / "a-name-of-many-letters-without-a-dot")
-    for path in ("a" * 19, "auth/api-token", folder, "secrets/api-token-of-Project7"):
+    absolute = "/Secrets/Project7/ApiToken"
+    for path in ("a" * 19, "auth/api-token", folder, "secrets/api-token-of-Project7", absolute):
         told = check_failure(cli("--token-file", path, *RUN, cwd=tmp_path), 125, path)
         assert "looks like a token" not in told
 
@@ -382,20 +383,17 @@ LOGINS = [f"{USER}:{PLAIN}", f"{USER}:s3cr3t-C0%C3%A9NTENT", f"{USER}:s3cr3t-C0%
 
 
 def check_no_password(said: bytes) -> None:
-    """The name of the user is no secret, but all of the rest is."""
+    """The name of the user may be a key, so it is a secret, too."""
     basic = base64.b64encode(f"{USER}:{PLAIN}".encode())
     assert base64.b64encode(PLAIN.encode())[:12] not in said
-    for secret in (b"s3cr3t-C", b"NTENT", basic[16:24], basic[-12:-4]):
+    for secret in (b"s3cr3t-C", b"NTENT", USER.encode(), basic[16:24], basic[-12:-4]):
         assert secret not in said
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("login", LOGINS)
 def test_a_proxy_that_sends_its_login_back(scheme: str, login: str, cli: InProcess) -> None:
-    """In the status line, in headers and in the message of an error, in every form.
-
-    Of a login without a password the user is the secret.
-    """
+    """In the status line, in headers and in the message of an error, in every form."""
 
     def script(connection: Connection) -> None:
         request = connection.read_request()
