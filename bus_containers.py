@@ -134,7 +134,7 @@ def _let_through(error: BaseException) -> None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
         code, variables = trace.tb_frame.f_code, trace.tb_frame.f_locals
-        # A handler's second argument is a frame, an import's is in no traceback. Some delete it.
+        # A handler's second argument is a frame, maybe one that tracebacks lack. Some delete it.
         if not {*code.co_varnames[: code.co_argcount]} <= {*variables}:
             raise error
         for value in variables.values():
