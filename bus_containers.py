@@ -318,7 +318,7 @@ class Client:
         """Return `{"items": [{"id", "state", ...}]}`, or `{"status": {"state", ...}}`."""
         exchange = _Exchange(self, "GET", "status")
         document = exchange.fetch()
-        if {*document} - {"error"}:  # which is empty here, as {} is
+        if {*document} - {"error"}:  # one that is not empty has been refused
             return document
         raise exchange.error(ProtocolError, "the answer says nothing")
 
